@@ -1,0 +1,72 @@
+"""Held-out loss of a pre-training model."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from regrow.bert.masking import IGNORE
+from regrow.bert.model import BertForPreTraining
+from regrow.errors import RegrowError
+
+
+@torch.no_grad()
+def evaluate_pretraining(
+    model: BertForPreTraining,
+    dataset: Dataset,
+    *,
+    collate_fn: object,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, float]:
+    """MLM and NSP loss (nats) and accuracy over a held-out set with fixed masks.
+
+    The MLM loss is the mean over all predicted positions of the set, not over batches, so it does not depend on
+    ``batch_size``.
+
+    Returns:
+        ``mlm_loss``, ``nsp_loss``, ``mlm_accuracy``, ``nsp_accuracy``.
+
+    Raises:
+        RegrowError: the set is empty.
+    """
+    # A generator of its own keeps the loader from drawing its seed from the global random state.
+    loader = DataLoader(dataset, batch_size, collate_fn=collate_fn, generator=torch.Generator())  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    totals = torch.zeros(6, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(loader, desc="evaluating", leave=False, disable=not progress):
+            totals += _batch_totals(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    finally:
+        model.train(was_training)
+    mlm_sum, mlm_right, predicted, nsp_sum, nsp_right, sequences = totals.tolist()
+    if sequences == 0:
+        raise RegrowError("the held-out set is empty; raise heldout_fraction or give a larger corpus")
+    return {
+        "mlm_loss": mlm_sum / max(predicted, 1),
+        "nsp_loss": nsp_sum / sequences,
+        "mlm_accuracy": mlm_right / max(predicted, 1),
+        "nsp_accuracy": nsp_right / sequences,
+    }
+
+
+def _batch_totals(model: BertForPreTraining, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = model(**batch)
+    targets = batch["labels"][batch["labels"] != IGNORE]
+    relation = batch["next_sentence_label"]
+    mlm_right = (output.prediction_logits.argmax(-1) == targets).sum().item()
+    nsp_right = (output.seq_relationship_logits.argmax(-1) == relation).sum().item()
+    return torch.tensor(
+        [
+            output.mlm_loss.item() * targets.numel(),
+            mlm_right,
+            targets.numel(),
+            output.nsp_loss.item() * relation.numel(),
+            nsp_right,
+            relation.numel(),
+        ],
+        dtype=torch.float64,
+    )

@@ -1,0 +1,107 @@
+"""BERT for pre-training, with the vocabulary head on the masked positions only.
+
+At length 128 only 15 % of the positions are predicted, yet the head over all of them costs more than a small
+encoder. Gathering them first changes no gradient and no weight name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig
+from transformers.utils import ModelOutput
+
+from regrow.bert.masking import IGNORE
+from regrow.nn import named_sparse_layers, sparsify
+
+ENCODER = "bert.encoder.*"
+"""The layers the paper makes sparse: Q, K, V, attention output and both feed-forward ones of every layer."""
+
+
+@dataclass
+class PretrainingOutput(ModelOutput):
+    """Losses in nats, and the logits of the ``n`` predicted positions in batch order.
+
+    Args:
+        loss: mlm_loss + nsp_loss.
+        mlm_loss: mean cross-entropy over the predicted positions.
+        nsp_loss: mean cross-entropy of next-sentence prediction.
+        prediction_logits: [n, vocabulary].
+        seq_relationship_logits: [batch, 2]; class 1 means a random second segment.
+    """
+
+    loss: Tensor | None = None
+    mlm_loss: Tensor | None = None
+    nsp_loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+
+
+class BertForPreTraining(transformers.BertForPreTraining):
+    """transformers' model of the same name and weights; ``forward`` needs labels and predicts only where they are.
+
+    Outside pre-training load the saved weights with transformers' own classes.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, labels: Tensor, next_sentence_label: Tensor, **inputs: Any
+    ) -> PretrainingOutput:
+        """
+        Args:
+            input_ids: [batch, length].
+            labels: [batch, length] true token ids at predicted positions, -100 elsewhere.
+            next_sentence_label: [batch] 1 where the second segment is a random one.
+            inputs: attention_mask, token_type_ids: [batch, length].
+        """
+        hidden, pooled = self.bert(input_ids, **inputs)[:2]
+        predicted = labels != IGNORE
+        logits = self.cls.predictions(hidden[predicted])
+        relationship = self.cls.seq_relationship(pooled)
+        mlm_loss = _mean_cross_entropy(logits, labels[predicted])
+        nsp_loss = F.cross_entropy(relationship.float(), next_sentence_label)
+        return PretrainingOutput(mlm_loss + nsp_loss, mlm_loss, nsp_loss, logits, relationship)
+
+
+def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    if targets.numel() == 0:  # a batch may hold nothing to predict; its mean would be NaN
+        return logits.sum() * 0.0
+    return F.cross_entropy(logits.float(), targets)
+
+
+def build_model(config: BertConfig, *, density: float | None, block_size: int, seed: int = 0) -> BertForPreTraining:
+    """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
+
+    The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
+    taken for what is left. ``density=None`` gives the dense baseline.
+    """
+    with torch.device("meta"):
+        model = BertForPreTraining(config)
+    if density is not None:
+        sparsify(model, density=density, block_size=block_size, include=ENCODER, seed=seed)
+    for module in model.modules():
+        if any(tensor.is_meta for tensor in [*module.parameters(False), *module.buffers(False)]):
+            module.to_empty(device="cpu", recurse=False)
+    model.tie_weights()
+    model.initialize_weights()
+    return model
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the model's distinct parameters and saved buffers, indices included."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes the same model takes when every sparse layer is an ``nn.Linear``."""
+    excess = 0
+    for _, layer in named_sparse_layers(model):
+        topology = sum(t.numel() * t.element_size() for t in layer.topology.state_dict().values())
+        stored = layer.values.numel() * layer.values.element_size() + topology
+        excess += layer.in_features * layer.out_features * layer.values.element_size() - stored
+    return stored_bytes(model) + excess

@@ -1,0 +1,277 @@
+"""Pre-train a BERT whose encoder exists only as non-zero blocks: the main job of this library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from regrow.bert.cache import cache_root, written_aside
+from regrow.bert.corpus import corpus_fingerprint, read_documents
+from regrow.bert.data import prepare_splits
+from regrow.bert.masking import WholeWordMasker
+from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stored_bytes
+from regrow.bert.run import RunDirectory
+from regrow.bert.sizes import bert_config, size_named
+from regrow.bert.stream import PairDataset
+from regrow.bert.tokenizer import load_tokenizer, train_wordpiece
+from regrow.bert.trainer import PretrainingTrainer, ProgressBar
+from regrow.errors import RegrowError
+from regrow.methods import Method
+from regrow.nn.linear import check_block_size
+from regrow.optim import parameter_groups, sparse_learning_rate
+from regrow.topology.distribution import check_density
+from regrow.training import RegrowCallback, UpdateSchedule
+from regrow.training.interrupt import StopOnSignal
+
+_PREDICTED = 20 / 128
+"""Most positions predicted, as a share of the length: BERT's 20 of 128."""
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides a pre-training run; the command line's flags are made from these fields."""
+
+    data: str = _option(
+        "wikipedia-summaries",
+        "corpus: 'wikipedia-summaries' (comes with regrow[corpus]), a file or folder of .txt[.xz|.gz|.bz2] (blank line "
+        "between documents), .jsonl or .parquet, or a hub data-set name",
+    )
+    output: str = _option("runs/pretrain", "run directory; must be new or empty unless --resume")
+    size: str = _option("tiny", "tiny, mini, small, medium, base or large")
+    density: float = _option(0.1, "share of encoder blocks that exist, in (0, 1]; 0.1 is 90%% sparse")
+    block_size: int = _option(16, "edge of a block: 1, 4, 8, 16, 32 or 64")
+    method: str = _option("dynsparse", "how the pattern moves; its own options are listed below")
+    dense: bool = _option(False, "train the ordinary dense model instead: the baseline to compare with")
+    steps: int = _option(1000, "optimizer steps")
+    batch_size: int = _option(32, "sequences in a step")
+    max_length: int = _option(128, "tokens of a sequence")
+    learning_rate: float | None = _option(
+        None, "peak learning rate; by default the size's dense optimum raised for the sparsity (the paper's Eq. 3)"
+    )
+    warmup: float = _option(0.05, "share of the steps over which the learning rate rises; then it falls to 0")
+    weight_decay: float = _option(0.01, "decoupled decay of weights; biases and norms never decay")
+    max_grad_norm: float = _option(1.0, "clip the global gradient norm; 0 is off")
+    dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
+    n_updates: int | None = _option(
+        None, "segments between topology updates (the paper's n); by default one in 10 steps, at most 160"
+    )
+    drop_fraction: float = _option(0.5, "share of blocks the first update moves (the paper's pr)")
+    decay: Literal["cosine", "linear", "constant"] = _option("cosine", "how that share falls to 0 over training")
+    tokenizer: str | None = _option(None, "vocab.txt, tokenizer.json or a directory; by default trained on the corpus")
+    vocab_size: int = _option(30522, "size of a tokenizer trained on the corpus")
+    text_field: str = _option("text", "name of the text column in .jsonl, .parquet and hub data")
+    short_documents: Literal["skip", "error"] = _option("skip", "documents of fewer than two sentences")
+    max_documents: int | None = _option(None, "read only the first so many documents")
+    heldout_fraction: float = _option(0.02, "share of documents held out for evaluation")
+    eval_sequences: int = _option(512, "evaluate on at most so many held-out sequences")
+    eval_steps: int | None = _option(None, "evaluate every so many steps; by default at the start and the end")
+    save_steps: int = _option(500, "write a checkpoint every so many steps")
+    keep_checkpoints: int = _option(2, "how many checkpoints to keep")
+    logging_steps: int = _option(10, "write metrics every so many steps")
+    seed: int = _option(0, "of weights, pattern, data order and masks")
+
+    @property
+    def updates(self) -> int:
+        """Number of segments between topology updates."""
+        return self.n_updates if self.n_updates is not None else max(1, min(160, self.steps // 10))
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate: given, or by rule."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return sparse_learning_rate(size_named(self.size).dense_lr, 1.0 if self.dense else self.density)
+
+    def check(self) -> None:
+        """Raise :class:`RegrowError` for a value no run can use, before anything is read or written."""
+        size = size_named(self.size)
+        check_density(self.density)
+        check_block_size(size.hidden, 4 * size.hidden, self.block_size)
+        UpdateSchedule(max(self.steps, 1), self.updates, self.drop_fraction, self.decay)
+        for name in ("steps", "batch_size", "eval_sequences", "save_steps", "keep_checkpoints", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.peak_lr <= 0:
+            raise RegrowError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup <= 1:
+            raise RegrowError(f"warmup is a share of the steps in [0, 1], got {self.warmup}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise RegrowError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run came to; losses in nats on the held-out set, ``None`` if it was interrupted before they were known."""
+
+    path: Path
+    finished: bool
+    step: int
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    density: float
+    coverage: float | None
+    stored_bytes: int
+    dense_bytes: int
+
+
+def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) -> PretrainResult:
+    """Run a pre-training to its end, or until it is interrupted.
+
+    Args:
+        config: see the fields of :class:`PretrainConfig`.
+        method: the sparse-training method, as ``regrow.methods.create(config.method)`` makes it.
+        resume: continue the run in ``config.output`` from its newest checkpoint.
+
+    Raises:
+        RegrowError: an argument, the corpus, the vocabulary or a checkpoint cannot be used. An existing run is
+            never overwritten.
+    """
+    config.check()
+    run = RunDirectory(config.output)
+    checkpoint = run.last_checkpoint() if resume else None
+    if not resume:
+        run.check_free()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(run.path) if resume else _tokenizer(config)
+    train, heldout = _data(config, tokenizer)
+    model = _model(config, len(tokenizer))
+    if not resume:
+        run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
+        tokenizer.save_pretrained(run.path)
+    topology = None if config.dense else _topology(config, method, run)
+    stop, progress = StopOnSignal(), ProgressBar(None if config.dense else config.density)
+    trainer = PretrainingTrainer(
+        model,
+        _arguments(config, run),
+        data_collator=train.collate,
+        train_dataset=train,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+        optimizers=(_optimizer(config, model), None),
+        callbacks=[callback for callback in (topology, stop, progress) if callback is not None],
+        run=run,
+        topology=topology,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if checkpoint is None:
+        trainer.evaluate()
+    else:
+        run.rewind(int(checkpoint.name.rpartition("-")[2]))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        stop.restore()
+        progress.close()
+    finished = trainer.state.global_step >= config.steps
+    if finished:
+        trainer.save_model(str(run.path))
+    before, after = _evaluations(run, trainer.state.global_step)
+    return PretrainResult(
+        path=run.path,
+        finished=finished,
+        step=trainer.state.global_step,
+        before=before,
+        after=after,
+        density=1.0 if config.dense else config.density,
+        coverage=topology.updater.coverage if topology and topology.updater else None,
+        stored_bytes=stored_bytes(model),
+        dense_bytes=dense_bytes(model),
+    )
+
+
+def _tokenizer(config: PretrainConfig) -> PreTrainedTokenizerBase:
+    """The given one, or one trained on the corpus and kept for the next run."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    recipe = [corpus_fingerprint(config.data), config.text_field, config.max_documents, config.vocab_size]
+    key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=12).hexdigest()
+    cached = cache_root() / f"tokenizer-{key}"
+    if not cached.exists():
+        documents = islice(read_documents(config.data, text_field=config.text_field), config.max_documents)
+        texts = tqdm((text for document in documents for text in document), "training the tokenizer", unit=" texts")
+        tokenizer = train_wordpiece(texts, config.vocab_size)
+        with written_aside(cached) as aside:
+            tokenizer.save_pretrained(aside / cached.name)
+    return load_tokenizer(cached)
+
+
+def _data(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, PairDataset]:
+    splits = prepare_splits(
+        config.data,
+        tokenizer,
+        max_length=config.max_length,
+        heldout_fraction=config.heldout_fraction,
+        short_documents=config.short_documents,
+        max_documents=config.max_documents,
+        text_field=config.text_field,
+        masker=WholeWordMasker(tokenizer, max_predictions=max(1, round(config.max_length * _PREDICTED))),
+    )
+    stream = splits.train.stream(config.steps * config.batch_size, seed=config.seed)
+    return stream, splits.heldout.first(config.eval_sequences)
+
+
+def _model(config: PretrainConfig, vocab_size: int) -> BertForPreTraining:
+    set_seed(config.seed)
+    bert = bert_config(config.size, vocab_size=vocab_size, max_length=config.max_length, dropout=config.dropout)
+    density = None if config.dense else config.density
+    return build_model(bert, density=density, block_size=config.block_size, seed=config.seed)
+
+
+def _optimizer(config: PretrainConfig, model: BertForPreTraining) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def _topology(config: PretrainConfig, method: Method, run: RunDirectory) -> RegrowCallback:
+    return RegrowCallback(
+        method,
+        n_updates=config.updates,
+        drop_fraction=config.drop_fraction,
+        decay=config.decay,
+        seed=config.seed,
+        on_update=run.log_updates,
+    )
+
+
+def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        lr_scheduler_type="linear",
+        warmup_steps=round(config.warmup * config.steps),
+        max_grad_norm=config.max_grad_norm,
+        train_sampling_strategy="sequential",  # the shuffling is inside the data set
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=config.eval_steps or config.steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        seed=config.seed,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _evaluations(run: RunDirectory, step: int) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Held-out metrics of step 0 and of ``step``, from the run's own log."""
+    found = {entry["step"]: entry for entry in run.read_metrics() if "eval_mlm_loss" in entry}
+    return found.get(0), found.get(step) if step > 0 else None

@@ -1,0 +1,133 @@
+"""The directory of one run.
+
+=====================  =====================================================================================
+``regrow.yaml``        the configuration, every field; ``--resume`` reads it
+``metrics.jsonl``      one line per logging step and evaluation
+``topology.jsonl``     one line per layer and topology update (:class:`regrow.UpdateRecord`)
+``checkpoints/``       ``checkpoint-<step>`` directories to resume from
+``config.json`` ...    the finished model, as ``from_pretrained`` reads it
+=====================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regrow.errors import RegrowError
+from regrow.training import UpdateRecord
+
+CONFIG_FILE, METRICS_FILE, TOPOLOGY_LOG = "regrow.yaml", "metrics.jsonl", "topology.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+class RunDirectory:
+    """Paths and logs of one run; never overwrites another run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer keeps its checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def check_free(self) -> None:
+        """Raise :class:`RegrowError` if the directory holds anything already."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RegrowError(
+                f"{self.path} already holds {'a run' if (self.path / CONFIG_FILE).exists() else 'other files'}; "
+                "choose another --output, or continue a run with --resume"
+            )
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Begin a run here.
+
+        Raises:
+            RegrowError: the directory holds something already, or cannot be written.
+        """
+        self.check_free()
+        try:
+            self.checkpoints.mkdir(parents=True)
+            (self.path / CONFIG_FILE).write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        except OSError as error:
+            raise RegrowError(f"cannot write the run directory {self.path}: {error.strerror}") from None
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the run that is here.
+
+        Raises:
+            RegrowError: there is none, or it is damaged.
+        """
+        return read_yaml(self.path / CONFIG_FILE, "nothing to resume there; check --output")
+
+    def last_checkpoint(self) -> Path:
+        """The newest complete checkpoint.
+
+        Raises:
+            RegrowError: there is none yet.
+        """
+        found = {
+            int(match[1]): path
+            for path in self.checkpoints.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        }
+        if not found:
+            raise RegrowError(f"{self.path} has no checkpoint yet; start it anew in another --output")
+        return found[max(found)]
+
+    def rewind(self, step: int) -> None:
+        """Drop log lines after ``step``: a killed run may have logged beyond its last checkpoint."""
+        for name in (METRICS_FILE, TOPOLOGY_LOG):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                path.write_text("".join(line + "\n" for line in kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every complete line of ``metrics.jsonl``."""
+        path = self.path / METRICS_FILE
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        self._append(METRICS_FILE, [metrics])
+
+    def log_updates(self, records: list[UpdateRecord]) -> None:
+        """Append a line per record to ``topology.jsonl``."""
+        self._append(TOPOLOGY_LOG, [asdict(record) for record in records])
+
+    def _append(self, name: str, entries: list[Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def read_yaml(path: Path, hint: str = "check the path") -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        RegrowError: missing, not YAML, or no mapping.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RegrowError(f"cannot read {path} ({error.strerror}); {hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RegrowError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise RegrowError(f"{path} must hold 'name: value' lines")
+    return document
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return float("inf")

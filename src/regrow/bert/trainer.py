@@ -1,0 +1,141 @@
+"""The Trainer for MLM + NSP pre-training: separate losses, held-out evaluation, progress."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from regrow.bert.evaluate import evaluate_pretraining
+from regrow.bert.run import RunDirectory
+from regrow.bert.stream import PairDataset
+from regrow.training import RegrowCallback, SafeTrainer
+
+_SUMS = ("mlm_loss", "nsp_loss", "steps")
+
+
+class PretrainingTrainer(SafeTrainer):
+    """Logs ``mlm_loss``, ``nsp_loss`` and ``tokens_per_second`` to the run directory and evaluates held-out pairs.
+
+    The running sums travel in the checkpoints, so a resumed run logs the same losses as an uninterrupted one.
+    """
+
+    def __init__(self, *args: Any, run: RunDirectory, topology: RegrowCallback | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run, self.topology = run, topology
+        self.sums = dict.fromkeys(_SUMS, 0.0)
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        output = model(**inputs)
+        if model.training:
+            self.sums["mlm_loss"] += output.mlm_loss.item()
+            self.sums["nsp_loss"] += output.nsp_loss.item()
+            self.sums["steps"] += 1
+            self._tokens += int(inputs["attention_mask"].sum())
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        return None  # the loss is a mean over the batch; the Trainer divides it by the accumulation steps
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.sums = {name: float(state["sums"][name]) for name in _SUMS}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**self._take_means(), **{name: logs[name] for name in ("learning_rate", "grad_norm")}}
+            if self.topology is not None and self.topology.updater is not None:
+                logs["coverage"] = self.topology.updater.coverage
+            self.run.log_metrics({"step": self.state.global_step, **logs})
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        dataset = self.eval_dataset
+        assert isinstance(dataset, PairDataset)
+        started = time.perf_counter()
+        metrics = evaluate_pretraining(
+            self.accelerator.unwrap_model(self.model),
+            dataset,
+            collate_fn=dataset.collate,
+            batch_size=self.args.eval_batch_size,
+        )
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        self.run.log_metrics({"step": self.state.global_step, **metrics})
+        self._since += time.perf_counter() - started  # evaluation is not training time
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _take_means(self) -> dict[str, float]:
+        steps = max(self.sums["steps"], 1.0)
+        mlm, nsp = self.sums["mlm_loss"] / steps, self.sums["nsp_loss"] / steps
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self.sums = dict.fromkeys(_SUMS, 0.0)
+        self._tokens, self._since = 0, now
+        return {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "tokens_per_second": rate}
+
+
+class ProgressBar(TrainerCallback):
+    """One line that lives: steps, losses, tokens a second, density; evaluations are printed above it."""
+
+    def __init__(self, density: float | None) -> None:
+        self.density = density
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is None or not logs:
+            return
+        if "tokens_per_second" in logs:
+            fields = {
+                "mlm": f"{logs['mlm_loss']:.3f}",
+                "nsp": f"{logs['nsp_loss']:.3f}",
+                "tok/s": f"{logs['tokens_per_second']:,.0f}",
+            }
+            if self.density is not None:
+                fields["density"] = f"{self.density:.3g}"
+            if "coverage" in logs:
+                fields["coverage"] = f"{logs['coverage']:.3f}"
+            self.bar.set_postfix(fields)
+        elif "eval_mlm_loss" in logs:
+            self.bar.write(
+                f"step {state.global_step}: held-out MLM {logs['eval_mlm_loss']:.4f}, NSP {logs['eval_nsp_loss']:.4f}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal tidy, whatever ended the run."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,210 @@
+"""The ``regrow`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from regrow.bert.pretrain import PretrainResult
+
+FAILED, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for bad input, 130 after Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _OneLineParser(prog="regrow", description="Train transformers whose weights are always sparse.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), help="; ".join(_summaries()))
+    parser.epilog = "Each command teaches its options: regrow COMMAND --help"
+    arguments, _ = parser.parse_known_args(argv[:1])
+    if arguments.version:
+        from regrow import __version__
+
+        print(f"regrow {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    from regrow.errors import RegrowError
+
+    try:
+        return COMMANDS[arguments.command](argv[1:])
+    except RegrowError as error:
+        print(f"regrow {arguments.command}: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\nregrow {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def pretrain(argv: Sequence[str]) -> int:
+    """pre-train a sparse BERT on text"""
+    from regrow.bert.pretrain import PretrainConfig
+    from regrow.bert.pretrain import pretrain as run_pretraining
+
+    asked, rest = _read_sources(argv)
+    defaults = _saved_flags(rest, PretrainConfig.output) if asked.resume else _flags_of_files(asked)
+    method_class = _method_of([*defaults, *rest])
+    parser = _pretrain_parser(PretrainConfig, method_class)
+    config, method = _parse(parser, [*defaults, *rest])
+    if asked.resume:
+        _refuse_changes((config, method), _parse(parser, defaults))
+    result = run_pretraining(config, method, resume=asked.resume)
+    print(_describe(result))
+    return 0 if result.finished else INTERRUPTED
+
+
+def methods(argv: Sequence[str]) -> int:
+    """list the sparse-training methods"""
+    from regrow.methods import available, method_class
+
+    parser = _OneLineParser(prog="regrow methods", description="List the sparse-training methods.")
+    parser.parse_args(argv)
+    for name in available():
+        cls = method_class(name)
+        kind = "always sparse" if cls.always_sparse else "not always sparse"
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        print(f"{name:12} {kind:18} {summary}")
+        for field in fields(cls):  # type: ignore[arg-type]
+            print(f"    --{field.name} (default {field.default})  {field.metadata.get('help', '')}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain, "methods": methods}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Errors are one line that says where help is, with exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _summaries() -> list[str]:
+    return [f"{name}: {(function.__doc__ or '').strip()}" for name, function in COMMANDS.items()]
+
+
+def _read_sources(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take out the flags that say where other flags come from."""
+    parser = _OneLineParser(prog="regrow pretrain", add_help=False, allow_abbrev=False)
+    _add_sources(parser)
+    return parser.parse_known_args(argv)
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML of 'flag: value' lines; flags given here override it")
+    parser.add_argument("--preset", metavar="NAME", help=f"a configuration that comes with regrow: {_presets()}")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
+
+
+def _presets() -> str:
+    folder = files("regrow") / "presets"
+    return ", ".join(sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+def _flags_of_files(asked: argparse.Namespace) -> list[str]:
+    """Preset, then config file, as command-line flags: one parser checks them all, and later ones win."""
+    from regrow.bert.run import read_yaml
+    from regrow.errors import RegrowError
+
+    flags: list[str] = []
+    if asked.preset is not None:
+        if asked.preset not in _presets().split(", "):
+            raise RegrowError(f"unknown preset {asked.preset!r}; choose one of {_presets()}")
+        flags += _as_flags(read_yaml(Path(str(files("regrow") / "presets" / f"{asked.preset}.yaml"))))
+    if asked.config is not None:
+        flags += _as_flags(read_yaml(Path(asked.config)))
+    return flags
+
+
+def _as_flags(config: dict[str, Any]) -> list[str]:
+    # "--name=value" in one word: a value may begin with a dash
+    return [f"--{name}={value}" for name, value in config.items() if value is not None]
+
+
+def _method_of(argv: Sequence[str]) -> type:
+    from regrow.methods import method_class
+
+    parser = _OneLineParser(prog="regrow pretrain", add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default="dynsparse")
+    return method_class(parser.parse_known_args(argv)[0].method)
+
+
+def _pretrain_parser(config_class: type, method_class: type) -> Any:
+    from transformers import HfArgumentParser
+
+    class Parser(_OneLineParser, HfArgumentParser):
+        pass
+
+    parser = Parser(
+        config_class,
+        prog="regrow pretrain",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Pre-train a BERT (masked words and next sentences) whose encoder is always sparse. Every flag can "
+        "also stand in a YAML file given with --config.",
+        epilog="example: regrow pretrain --data corpus.txt --size tiny --density 0.1 --block-size 16 --steps 200 "
+        "--output runs/first",
+    )
+    _add_sources(parser)
+    method_class._argument_group_name = f"options of --method {method_class.name}"  # type: ignore[attr-defined]
+    parser._add_dataclass_arguments(method_class)
+    parser.dataclass_types.append(method_class)
+    return parser
+
+
+def _parse(parser: Any, argv: Sequence[str]) -> tuple[Any, Any]:
+    """Configuration and method; the third result of the parser is the source flags, taken out before."""
+    config, method = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[:2]
+    return config, method
+
+
+def _saved_flags(rest: Sequence[str], default_output: str) -> list[str]:
+    """The configuration of the run to resume, as flags."""
+    from regrow.bert.run import RunDirectory
+
+    parser = _OneLineParser(prog="regrow pretrain", add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", default=default_output)
+    output = parser.parse_known_args(rest)[0].output
+    return _as_flags(RunDirectory(output).read_config() | {"output": output})
+
+
+def _refuse_changes(asked: Sequence[Any], saved: Sequence[Any]) -> None:
+    from regrow.errors import RegrowError
+
+    for new, old in zip(asked, saved, strict=True):
+        for name, value in asdict(old).items():
+            if getattr(new, name) != value:
+                raise RegrowError(
+                    f"--resume continues a run as it was started, with --{name} {value}; "
+                    f"drop --{name} {getattr(new, name)}, or start a new run in another --output"
+                )
+
+
+def _describe(result: PretrainResult) -> str:
+    """What a user wants to know at the end, in a few lines."""
+    if not result.finished:
+        return (
+            f"stopped after step {result.step}; a checkpoint is saved\n"
+            f"continue with: regrow pretrain --output {result.path} --resume"
+        )
+    rows = []
+    for name, title in (("mlm", "held-out MLM loss"), ("nsp", "held-out NSP loss")):
+        before, after = ((e or {}).get(f"eval_{name}_loss", float("nan")) for e in (result.before, result.after))
+        rows.append((title, f"{before:.4f} -> {after:.4f} nats ({after - before:+.4f})"))
+    rows.append(("encoder density", f"{result.density:.4g}"))
+    if result.coverage is not None:
+        rows.append(("explored coverage", f"{result.coverage:.4f} of all block positions were active at some time"))
+    share = result.stored_bytes / result.dense_bytes
+    size = f"{result.stored_bytes:,} against {result.dense_bytes:,} dense ({share:.1%}, embeddings included)"
+    rows.append(("stored bytes", size))
+    rows.append(("saved model", str(result.path)))
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"{title:{width}}  {text}" for title, text in rows)

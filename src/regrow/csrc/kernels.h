@@ -1,0 +1,399 @@
+// The block-sparse kernels, for any vector width W and block size B. Included once per instruction set.
+//
+// Operands are copied, a tile of tokens at a time, into *panels*: panel[feature block][token group][k < B][G],
+// where G = max(1, W / B) tokens are interleaved. So a vector is always W useful numbers (B features of G
+// tokens when B < W, features of one token otherwise), the numbers of one block and tile are contiguous, and
+// the tile stays in the L2 cache while every block of the weight passes over it. docs/kernels.md has the
+// whole picture.
+#pragma once
+#include "table.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Every size that follows from the block size.
+template <int B>
+struct Shape {
+    static constexpr int G = B < W ? W / B : 1;            // tokens in a vector
+    static constexpr int NV = B >= 2 * W ? 2 : 1;          // output vectors of the register tile
+    static constexpr int PW = B < W ? B : NV * W;          // outputs of the register tile (a piece)
+    static constexpr int M = B == 1 ? 8 : kAccumulators / NV;  // token groups of the register tile
+    static constexpr int Q = M % 3 == 0 ? M / 3 : M / 2;   // granularity of the last register tile
+    static constexpr int64_t kMicroTokens = M * G;
+    // With interleaved tokens, outputs are collected for 256 columns before they are written: short runs at the
+    // stride of a row of y would cost a page-table walk and a cold cache line each.
+    static constexpr int64_t kStageRows = G > 1 ? 256 / B : 1;
+    static constexpr int64_t kStageFloats = kStageRows * M * B * G;
+};
+
+// The panel of a tile of at most `tokens` tokens: at most half a megabyte, so that it stays in L2.
+constexpr int64_t kPanelFloats = 1 << 17;
+
+template <int B>
+int64_t panel_stride(int64_t tokens) {
+    return round_up(tokens * B, 16) + 16;  // one line more: no power-of-two strides between feature blocks
+}
+template <int B>
+int64_t panel_floats(int64_t tokens, int64_t feature_blocks) {
+    return round_up(feature_blocks, Shape<B>::G) * panel_stride<B>(tokens);
+}
+template <int B>
+int64_t spmm_tile(int64_t in_blocks) {
+    int64_t tiles = kPanelFloats / max64(1, in_blocks * B * Shape<B>::kMicroTokens);
+    return Shape<B>::kMicroTokens * max64(1, min64(4, tiles));
+}
+template <int B>
+int64_t sddmm_tile(int64_t rows, int64_t cols) {
+    int64_t tokens = 2 * kPanelFloats / max64(1, (rows + cols) * B);
+    return round_up(max64(64, min64(256, tokens)), 32);
+}
+
+// Copies up to n floats, the rest zero.
+INLINE V load_part(const float* p, int64_t n) {
+    float line[W] __attribute__((aligned(64))) = {};
+    memcpy(line, p, sizeof(float) * (n < W ? n : W));
+    return load(line);
+}
+INLINE void store_part(float* p, V v, int64_t n) {
+    if (n >= W) return store_any(p, v);
+    float line[W] __attribute__((aligned(64)));
+    store(line, v);
+    memcpy(p, line, sizeof(float) * n);
+}
+
+// x [n_tokens, blocks * B] -> panel with `groups` token groups; tokens past the end are zero.
+template <int B>
+void pack_panel(const float* x, int64_t blocks, int64_t n_tokens, int64_t groups, int64_t stride, float* panel) {
+    constexpr int G = Shape<B>::G;
+    const int64_t width = blocks * B;
+    if constexpr (G == 1) {
+        for (int64_t t = 0; t < groups; ++t) {
+            float* to = panel + t * B;
+            if (t < n_tokens) {
+                const float* from = x + t * width;
+                for (int64_t c = 0; c < blocks; ++c, to += stride, from += B) {
+                    unroll<B / W>([&](auto v) LAMBDA { store(to + v * W, load_any(from + v * W)); });
+                }
+            } else {
+                for (int64_t c = 0; c < blocks; ++c, to += stride) memset(to, 0, B * sizeof(float));
+            }
+        }
+    } else {
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t t0 = group * G, live = n_tokens - t0;
+            for (int64_t f = 0; f < width; f += W) {  // G feature blocks at a time
+                V v[G];
+                const float* from = x + t0 * width + f;
+                if (live >= G && f + W <= width) {
+                    unroll<G>([&](auto t) LAMBDA { v[t] = load_any(from + t * width); });
+                } else {
+                    unroll<G>([&](auto t) LAMBDA { v[t] = t < live ? load_part(from + t * width, width - f) : V{}; });
+                }
+                transpose<G>(v);
+                float* to = panel + f / B * stride + group * W;
+                unroll<G>([&](auto c) LAMBDA { store(to + c * stride, feature_major<G>(v[c])); });
+            }
+        }
+    }
+}
+
+// One register tile: Mm token groups by PW outputs of one block row, over all its blocks, added to the bias.
+//   out[m] (lanes (output, token)) += sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
+template <int B, int Mm>
+INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
+                       const float* bias, float* out, int64_t out_stride) {
+    constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
+    V acc[Mm][NV];
+    unroll<NV>([&](auto v) LAMBDA {
+        const V start = bias ? expand<G>(bias + v * W) : V{};
+        unroll<Mm>([&](auto m) LAMBDA { acc[m][v] = start; });
+    });
+    for (int64_t p = 0; p < n; ++p, w += B * B) {
+        const float* xp = panel + idx[p] * stride;
+        const float* wp = w;
+#pragma GCC unroll 2
+        for (int k = 0; k < B; ++k, xp += G, wp += PW) {
+            V wv[NV];
+            unroll<NV>([&](auto v) LAMBDA { wv[v] = expand<G>(wp + v * W); });
+            unroll<Mm>([&](auto m) LAMBDA {
+                const V xv = bcast<G>(xp + m * (B * G));
+                unroll<NV>([&](auto v) LAMBDA { acc[m][v] += wv[v] * xv; });
+            });
+        }
+    }
+    unroll<Mm>([&](auto m) LAMBDA {
+        unroll<NV>([&](auto v) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v]); });
+    });
+}
+
+// The last register tile of a range may be shorter: a multiple of Q groups.
+template <int B, int Mm = Shape<B>::M>
+INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
+                        int64_t n, const float* bias, float* out, int64_t out_stride) {
+    if constexpr (Mm > Shape<B>::Q) {
+        if (groups < Mm) {
+            return spmm_groups<B, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, bias, out, out_stride);
+        }
+    }
+    spmm_micro<B, Mm>(panel, stride, w, idx, n, bias, out, out_stride);
+}
+
+// stage [block rows][M groups][W] (lanes (output, token)) -> `columns` columns of y.
+template <int B>
+void unpack_stage(const float* stage, int64_t groups, int64_t n_tokens, float* y, int64_t width, int64_t columns) {
+    constexpr int G = Shape<B>::G, M = Shape<B>::M;
+    for (int64_t group = 0; group * G < n_tokens && group < groups; ++group) {
+        const int64_t live = n_tokens - group * G;
+        const float* from = stage + group * W;
+        float* to = y + group * G * width;
+        for (int64_t f = 0; f < columns; f += W, from += G * M * W) {  // G block rows make W columns
+            V v[G];
+            unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * (M * W))); });
+            transpose<G>(v);
+            if (live >= G && f + W <= columns) {
+                unroll<G>([&](auto t) LAMBDA { store_any(to + t * width + f, v[t]); });
+            } else {
+                unroll<G>([&](auto t) LAMBDA {
+                    if (t < live) store_part(to + t * width + f, v[t], columns - f);
+                });
+            }
+        }
+    }
+}
+
+// One block row, for the m <= M token groups at `part`; `live` of them exist. G == 1: straight into y.
+template <int B>
+INLINE void spmm_row_direct(const SpmmArgs& a, int64_t r, const float* part, int64_t stride, int64_t m, int64_t live,
+                            float* y, float* spare) {
+    constexpr int PW = Shape<B>::PW;
+    const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0, out = a.out_blocks * B;
+    for (int piece = 0; piece < B; piece += PW) {
+        const float* w = a.packed + p0 * (B * B) + piece * B;
+        const float* bias = a.bias ? a.bias + r * B + piece : nullptr;
+        float* to = y + r * B + piece;
+        // The next lines of y, asked for while this tile is computed: a store that misses would hold up the rest.
+        if (r + 1 < a.out_blocks || piece + PW < B) {
+            for (int64_t t = 0; t < live && t < m; ++t) {
+                for (int l = 0; l < PW; l += 16) __builtin_prefetch(to + t * out + PW + l, 1);
+            }
+        }
+        if (live >= m) {
+            spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, to, out);
+        } else {
+            spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
+            for (int64_t t = 0; t < live; ++t) memcpy(to + t * out, spare + t * PW, PW * sizeof(float));
+        }
+    }
+}
+
+template <int B>
+void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
+    using S = Shape<B>;
+    constexpr int G = S::G, M = S::M;
+    constexpr int64_t kStageRows = S::kStageRows;
+    const int64_t tile = spmm_tile<B>(a.in_blocks), stride = panel_stride<B>(tile);
+    const int64_t in = a.in_blocks * B, out = a.out_blocks * B;
+    float* stage = scratch;
+    float* panel = scratch + S::kStageFloats;
+    for (; t0 < t1; t0 += tile) {
+        const int64_t n_tokens = min64(tile, t1 - t0);
+        const int64_t groups = round_up((n_tokens + G - 1) / G, S::Q);
+        pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
+        float* y = a.y + t0 * out;
+        for (int64_t r0 = 0; r0 < a.out_blocks; r0 += kStageRows) {
+            const int64_t r1 = min64(r0 + kStageRows, a.out_blocks);
+            for (int64_t m0 = 0; m0 < groups; m0 += M) {
+                const int64_t m = min64(M, groups - m0);
+                const float* part = panel + m0 * (B * G);
+                const int64_t live = n_tokens - m0 * G;
+                float* to = y + m0 * G * out;
+                if constexpr (G == 1) {
+                    spmm_row_direct<B>(a, r0, part, stride, m, live, to, stage);
+                } else {
+                    for (int64_t r = r0; r < r1; ++r) {
+                        const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
+                        spmm_groups<B>(m, part, stride, a.packed + p0 * (B * B), a.idx + p0, n,
+                                       a.bias ? a.bias + r * B : nullptr, stage + (r - r0) * (M * W), W);
+                    }
+                    unpack_stage<B>(stage, m, live, to + r0 * B, out, (r1 - r0) * B);
+                }
+            }
+        }
+    }
+}
+
+// packed[p][piece][k][PW]: what spmm_micro reads in order. The contraction index k runs over the inputs of
+// the block for y = x W^T (transpose) and over its outputs for dx = g W.
+template <int B>
+void pack_values(bool transpose, const float* values, const int32_t* slot, int64_t p0, int64_t p1, float* packed) {
+    constexpr int PW = Shape<B>::PW;
+    for (int64_t p = p0; p < p1; ++p) {
+        const float* from = values + int64_t(slot[p]) * (B * B);
+        float* to = packed + p * (B * B);
+        for (int piece = 0; piece < B; piece += PW) {
+            for (int k = 0; k < B; ++k) {
+                for (int o = 0; o < PW; ++o, ++to) {
+                    *to = transpose ? from[(piece + o) * B + k] : from[k * B + piece + o];
+                }
+            }
+        }
+    }
+}
+
+// How sddmm's register tile is cut: RI rows of up to NB blocks of one block row (they share the broadcasts
+// of g), CV vectors of each block's columns.
+template <int B, int Nb>
+struct SddmmShape {
+    static constexpr int CV = B >= 2 * W ? 2 : 1;
+    static constexpr int kRowsThatFit = (W == 16 ? 24 : 12) / (Nb * CV);
+    static constexpr int RI = B <= kRowsThatFit ? B : kRowsThatFit >= 16 ? 16 : kRowsThatFit >= 8 ? 8 : 4;
+};
+template <int B>
+constexpr int sddmm_blocks() {
+    constexpr int registers = W == 16 ? 24 : 12;
+    if (B == 1) return W;
+    if (B >= 2 * W) return 1;
+    return max64(1, registers / min64(B, W == 16 ? 8 : 4));
+}
+
+// acc[block][i][j] += sum over tokens of g[token][i] * x[token][j], for Nb blocks of one block row.
+template <int B, int Nb>
+INLINE void sddmm_micro(const float* g, const float* x, int64_t x_stride, const int32_t* idx, int64_t groups,
+                        float* acc) {
+    constexpr int G = Shape<B>::G, RI = SddmmShape<B, Nb>::RI, CV = SddmmShape<B, Nb>::CV;
+    const float* xs[Nb];
+    unroll<Nb>([&](auto n) LAMBDA { xs[n] = x + idx[n] * x_stride; });
+    for (int i0 = 0; i0 < B; i0 += RI) {
+        for (int j0 = 0; j0 < B; j0 += CV * W) {
+            constexpr int N = Nb * RI * CV;
+            V sum[(N + G - 1) / G * G] = {};
+            const float* gp = g + i0 * G;
+            for (int64_t offset = j0; offset < groups * (B * G); offset += B * G, gp += B * G) {
+                V xv[Nb][CV];
+                unroll<Nb>([&](auto n) LAMBDA {
+                    unroll<CV>([&](auto c) LAMBDA { xv[n][c] = load(xs[n] + offset + c * W); });
+                });
+                unroll<RI>([&](auto i) LAMBDA {
+                    const V gv = bcast<G>(gp + i * G);
+                    unroll<Nb>([&](auto n) LAMBDA {
+                        unroll<CV>([&](auto c) LAMBDA { sum[(n * RI + i) * CV + c] += gv * xv[n][c]; });
+                    });
+                });
+            }
+            if constexpr (G == 1) {
+                unroll<Nb>([&](auto n) LAMBDA {
+                    unroll<RI>([&](auto i) LAMBDA {
+                        unroll<CV>([&](auto c) LAMBDA {
+                            float* to = acc + n * (B * B) + (i0 + i) * B + j0 + c * W;
+                            store(to, load(to) + sum[(n * RI + i) * CV + c]);
+                        });
+                    });
+                });
+            } else {
+                // Lanes (column, token) of G rows -> (column, row) -> (row, column): W numbers in acc's order.
+                // Past the last block these are zeros, added to numbers of the next (or to acc's spare room).
+                unroll<(N + G - 1) / G>([&](auto q) LAMBDA {
+                    float* to = acc + q * W;
+                    if constexpr (RI < B) {
+                        constexpr int per = RI / G;
+                        to = acc + (q / per) * (B * B) + i0 * B + (q % per) * W;
+                    }
+                    store_any(to, load_any(to) + token_major<G>(sum_tokens<G>(sum + q * G)));
+                });
+            }
+        }
+    }
+}
+
+template <int B, int Nb = sddmm_blocks<B>()>
+INLINE void sddmm_blocks_of_row(int64_t n, const float* g, const float* x, int64_t x_stride, const int32_t* idx,
+                                int64_t groups, float* acc) {
+    if constexpr (Nb > 1) {
+        if (n < Nb) return sddmm_blocks_of_row<B, Nb - 1>(n, g, x, x_stride, idx, groups, acc);
+    }
+    sddmm_micro<B, Nb>(g, x, x_stride, idx, groups, acc);
+}
+
+template <int B>
+void sddmm_range(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc) {
+    constexpr int G = Shape<B>::G, NB = sddmm_blocks<B>();
+    const int64_t tile = sddmm_tile<B>(a.rows, a.cols), stride = panel_stride<B>(tile);
+    float* g_panel = scratch;
+    float* x_panel = scratch + panel_floats<B>(tile, a.rows);
+    for (; t0 < t1; t0 += tile) {
+        const int64_t n_tokens = min64(tile, t1 - t0), groups = (n_tokens + G - 1) / G;
+        pack_panel<B>(a.g + t0 * a.rows * B, a.rows, n_tokens, groups, stride, g_panel);
+        pack_panel<B>(a.x + t0 * a.cols * B, a.cols, n_tokens, groups, stride, x_panel);
+        for (int64_t r = 0; r < a.rows; ++r) {
+            const float* g = g_panel + r * stride;
+            for (int64_t p = a.ptr[r]; p < a.ptr[r + 1]; p += NB) {
+                const int64_t n = min64(NB, a.ptr[r + 1] - p);
+                sddmm_blocks_of_row<B>(n, g, x_panel, stride, a.idx + p, groups, acc + p * (B * B));
+            }
+        }
+    }
+}
+
+template <int B>
+void reduce(const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0, int64_t p1, float* dvalues) {
+    for (int64_t p = p0; p < p1; ++p) {
+        const float* from = acc + p * (B * B);
+        float* to = dvalues + int64_t(slot[p]) * (B * B);
+        for (int e = 0; e < B * B; ++e) {
+            float sum = from[e];
+            for (int i = 1; i < n_acc; ++i) sum += from[i * acc_stride + e];
+            to[e] = sum;
+        }
+    }
+}
+
+template <class F>
+INLINE auto with_block(int block, F&& f) {
+    switch (block) {
+        case 1: return f(Int<1>{});
+        case 2: return f(Int<2>{});
+        case 4: return f(Int<4>{});
+        case 8: return f(Int<8>{});
+        case 16: return f(Int<16>{});
+        case 32: return f(Int<32>{});
+        default: return f(Int<64>{});
+    }
+}
+
+size_t spmm_scratch_any(int block, int64_t in_blocks, int64_t) {
+    return with_block(block, [&](auto b) -> size_t {
+        using S = Shape<b>;
+        return S::kStageFloats + panel_floats<b>(spmm_tile<b>(in_blocks), in_blocks);
+    });
+}
+size_t sddmm_scratch_any(int block, int64_t rows, int64_t cols) {
+    return with_block(block, [&](auto b) -> size_t {
+        const int64_t tile = sddmm_tile<b>(rows, cols);
+        return panel_floats<b>(tile, rows) + panel_floats<b>(tile, cols);
+    });
+}
+void pack_values_any(int block, bool transpose, const float* values, const int32_t* slot, int64_t p0, int64_t p1,
+                     float* packed) {
+    with_block(block, [&](auto b) { pack_values<b>(transpose, values, slot, p0, p1, packed); });
+}
+void spmm_any(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
+    with_block(a.block, [&](auto b) { spmm_range<b>(a, t0, t1, scratch); });
+}
+void sddmm_any(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc) {
+    with_block(a.block, [&](auto b) { sddmm_range<b>(a, t0, t1, scratch, acc); });
+}
+void reduce_any(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0,
+                int64_t p1, float* dvalues) {
+    with_block(block, [&](auto b) { reduce<b>(acc, acc_stride, n_acc, slot, p0, p1, dvalues); });
+}
+
+}  // namespace
+
+#define REGROW_TABLE(identifier, name)                                                          \
+    extern const KernelTable identifier;                                                        \
+    const KernelTable identifier = {name,     spmm_scratch_any, sddmm_scratch_any, pack_values_any, \
+                                    spmm_any, sddmm_any,        reduce_any}

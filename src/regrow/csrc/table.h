@@ -1,0 +1,51 @@
+// What an instruction set offers to the rest of the module: a table of plain function pointers.
+// Only plain data crosses this line, so no inline function can be merged between files built with
+// different -m flags.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+struct SpmmArgs {
+    const float* x;         // [n_tokens, in]
+    const float* packed;    // weights, packed by pack_values
+    const float* bias;      // [out] or null
+    float* y;               // [n_tokens, out]
+    const int32_t* ptr;     // [out_blocks + 1]
+    const int32_t* idx;     // [n_blocks] input block of each block
+    int64_t in_blocks, out_blocks;
+    int block;
+};
+
+struct SddmmArgs {
+    const float* g;         // [n_tokens, R*b]
+    const float* x;         // [n_tokens, C*b]
+    const int32_t* ptr;     // [R + 1]
+    const int32_t* idx;     // [n_blocks]
+    int64_t rows, cols;     // R, C
+    int block;
+};
+
+struct KernelTable {
+    const char* name;
+    // Floats of 64-byte aligned scratch that one thread needs.
+    size_t (*spmm_scratch)(int block, int64_t in_blocks, int64_t out_blocks);
+    size_t (*sddmm_scratch)(int block, int64_t rows, int64_t cols);
+    // Packed position p holds values[slot[p]], p in [p0, p1); `transpose` for y = x W^T.
+    void (*pack_values)(int block, bool transpose, const float* values, const int32_t* slot, int64_t p0,
+                        int64_t p1, float* packed);
+    // Tokens [t0, t1).
+    void (*spmm)(const SpmmArgs&, int64_t t0, int64_t t1, float* scratch);
+    // Adds the tokens [t0, t1) to acc [n_blocks, b, b] (CSR order, room for 64 floats after the end).
+    void (*sddmm)(const SddmmArgs&, int64_t t0, int64_t t1, float* scratch, float* acc);
+    // dvalues[slot[p]] = sum over the accumulators in order, p in [p0, p1).
+    void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0,
+                   int64_t p1, float* dvalues);
+};
+
+inline constexpr int kBlocks[] = {1, 2, 4, 8, 16, 32, 64};
+
+extern const KernelTable kGenericTable;
+#ifdef REGROW_X86
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+#endif

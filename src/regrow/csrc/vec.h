@@ -1,0 +1,185 @@
+// A vector of W floats for the instruction set this file is compiled for, and the few shuffles the
+// kernels need. Everything has internal linkage (see table.h for why).
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+#if defined(REGROW_ISA_AVX512) || defined(REGROW_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define LAMBDA __attribute__((always_inline))
+
+namespace {
+
+#if defined(REGROW_ISA_AVX512)
+constexpr int W = 16, kAccumulators = 24;
+#elif defined(REGROW_ISA_AVX2)
+constexpr int W = 8, kAccumulators = 12;
+#else
+constexpr int W = 4, kAccumulators = 12;
+#endif
+
+typedef float V __attribute__((vector_size(W * 4)));
+typedef float VAligned __attribute__((vector_size(W * 4), may_alias));
+typedef float VAny __attribute__((vector_size(W * 4), may_alias, aligned(4)));
+
+INLINE V load(const float* p) { return *reinterpret_cast<const VAligned*>(p); }
+INLINE V load_any(const float* p) { return *reinterpret_cast<const VAny*>(p); }
+INLINE void store(float* p, V v) { *reinterpret_cast<VAligned*>(p) = v; }
+INLINE void store_any(float* p, V v) { *reinterpret_cast<VAny*>(p) = v; }
+
+// unroll<N>(f) calls f(Int<0>), ..., f(Int<N-1>): the indices are constants, so arrays of V indexed by
+// them stay in registers (a loop with an unroll pragma does not guarantee that).
+template <int I>
+struct Int {
+    constexpr operator int() const { return I; }
+};
+template <class F, int... I>
+INLINE void unroll_impl(F&& f, std::integer_sequence<int, I...>) {
+    (f(Int<I>{}), ...);
+}
+template <int N, class F>
+INLINE void unroll(F&& f) {
+    unroll_impl(f, std::make_integer_sequence<int, N>{});
+}
+
+// out[lane] = (a, b)[Map::at(lane)], with Map known at compile time.
+template <class Map, int... L>
+INLINE V shuffle_impl(V a, V b, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(a, b, Map::at(L)...);
+}
+template <class Map>
+INLINE V shuffle(V a, V b) {
+    return shuffle_impl<Map>(a, b, std::make_integer_sequence<int, W>{});
+}
+
+INLINE V splat(float s) {
+#if defined(REGROW_ISA_AVX512)
+    return _mm512_set1_ps(s);
+#elif defined(REGROW_ISA_AVX2)
+    return _mm256_set1_ps(s);
+#else
+    return V{s, s, s, s};
+#endif
+}
+
+// Lanes (r, t), t < G fastest: bcast gives p[t] (G floats repeated), expand gives p[r] (each float G times).
+template <int G>
+INLINE V bcast(const float* p) {
+    if constexpr (G == 1) {
+        return splat(*p);
+    } else if constexpr (G == W) {
+        return load(p);
+    } else {
+#if defined(REGROW_ISA_AVX512)
+        if constexpr (G == 2) return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_load_sd((const double*)p)));
+        if constexpr (G == 4) return _mm512_broadcast_f32x4(_mm_load_ps(p));
+        if constexpr (G == 8) return _mm512_broadcast_f32x8(_mm256_load_ps(p));
+#elif defined(REGROW_ISA_AVX2)
+        if constexpr (G == 2) return _mm256_castpd_ps(_mm256_broadcast_sd((const double*)p));
+        if constexpr (G == 4) return _mm256_broadcast_ps((const __m128*)p);
+#else
+        return V{p[0], p[1], p[0], p[1]};
+#endif
+    }
+}
+
+template <int G>
+struct ExpandMap {
+    static constexpr int at(int lane) { return lane / G; }
+};
+template <int G>
+INLINE V expand(const float* p) {
+    if constexpr (G == 1) {
+        return load_any(p);
+    } else if constexpr (G == W) {
+        return splat(*p);
+    } else {
+#if defined(REGROW_ISA_AVX512)
+        V v;
+        if constexpr (G == 2) v = _mm512_castps256_ps512(_mm256_loadu_ps(p));
+        if constexpr (G == 4) v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        if constexpr (G == 8) v = _mm512_castpd_ps(_mm512_castpd128_pd512(_mm_loadu_pd((const double*)p)));
+        return shuffle<ExpandMap<G>>(v, v);
+#elif defined(REGROW_ISA_AVX2)
+        V v;
+        if constexpr (G == 2) v = _mm256_castps128_ps256(_mm_loadu_ps(p));
+        if constexpr (G == 4) v = _mm256_castps128_ps256(_mm_castpd_ps(_mm_load_sd((const double*)p)));
+        return shuffle<ExpandMap<G>>(v, v);
+#else
+        return V{p[0], p[0], p[1], p[1]};
+#endif
+    }
+}
+
+// Lanes (r, t) <-> (t, r), where t < G and r < W / G.
+template <int G>
+struct TokenMajorMap {
+    static constexpr int at(int lane) { return (lane % (W / G)) * G + lane / (W / G); }
+};
+template <int G>
+struct FeatureMajorMap {
+    static constexpr int at(int lane) { return (lane % G) * (W / G) + lane / G; }
+};
+template <int G>
+INLINE V token_major(V v) {
+    if constexpr (G == 1 || G == W) return v;
+    return shuffle<TokenMajorMap<G>>(v, v);
+}
+template <int G>
+INLINE V feature_major(V v) {
+    if constexpr (G == 1 || G == W) return v;
+    return shuffle<FeatureMajorMap<G>>(v, v);
+}
+
+// Transposes G vectors of lanes (c < G, k < W / G): v[t] lanes (c, k) -> v[c] lanes (t, k), by butterflies
+// that exchange one bit of the vector's number with the same bit of the lane's piece.
+template <int Bit>  // in lanes
+struct LowMap {
+    static constexpr int at(int lane) { return lane & Bit ? W + (lane ^ Bit) : lane; }
+};
+template <int Bit>
+struct HighMap {
+    static constexpr int at(int lane) { return lane & Bit ? W + lane : lane ^ Bit; }
+};
+template <int G, int S = 1>
+INLINE void transpose(V* v) {
+    if constexpr (S < G) {
+        unroll<G>([&](auto i) LAMBDA {
+            if constexpr ((i & S) == 0) {
+                V a = v[i], b = v[i + S];
+                v[i] = shuffle<LowMap<S * (W / G)>>(a, b);
+                v[i + S] = shuffle<HighMap<S * (W / G)>>(a, b);
+            }
+        });
+        transpose<G, S * 2>(v);
+    }
+}
+
+// Sums over t: v[i], i < G, with lanes (j, t) -> one vector with lanes (j, i).
+template <int Bit>
+struct KeepMap {  // the lanes that already sit where they are wanted
+    static constexpr int at(int lane) { return lane & Bit ? W + lane : lane; }
+};
+template <int Bit>
+struct SwapMap {  // their partners
+    static constexpr int at(int lane) { return lane & Bit ? W + (lane ^ Bit) : (lane ^ Bit); }
+};
+template <int G, int S = 1>
+INLINE V sum_tokens(V* v) {
+    if constexpr (S < G) {
+        unroll<G>([&](auto i) LAMBDA {
+            if constexpr (i % (2 * S) == 0) {
+                v[i] = shuffle<KeepMap<S>>(v[i], v[i + S]) + shuffle<SwapMap<S>>(v[i], v[i + S]);
+            }
+        });
+        return sum_tokens<G, S * 2>(v);
+    }
+    return v[0];
+}
+
+}  // namespace

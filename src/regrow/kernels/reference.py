@@ -1,0 +1,76 @@
+"""The three operations in plain PyTorch: the ground truth for values and gradients.
+
+Any dtype and device, differentiable by ordinary autograd, and slow. Blocks are gathered, multiplied and added
+a chunk at a time, so nothing of the size of the dense weight is allocated.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Numbers gathered at a time: bounds the memory without making small problems slow.
+_CHUNK = 1 << 20
+
+
+def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> Tensor:
+    """``y = x W^T + bias``: ``x [N, C*b]``, ``values [n_blocks, b, b]`` -> ``y [N, R*b]``.
+
+    ``index`` is ``(row_ptr, col_idx, slot)``.
+    """
+    y = _gather_multiply_add(x, values.transpose(1, 2), *index)
+    return y if bias is None else y + bias
+
+
+def spmm_t(g: Tensor, values: Tensor, index: Sequence[Tensor]) -> Tensor:
+    """``dx = g W``: ``g [N, R*b]``, ``values [n_blocks, b, b]`` -> ``dx [N, C*b]``.
+
+    ``index`` is ``(col_ptr, row_idx_t, slot_t)``.
+    """
+    return _gather_multiply_add(g, values, *index)
+
+
+def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int) -> Tensor:
+    """``dvalues[slot] = g[:, block row]^T x[:, block column]``: -> ``[n_blocks, b, b]``.
+
+    ``index`` is ``(row_ptr, col_idx, slot)``.
+    """
+    row_ptr, col_idx, slot = index
+    g_blocks, x_blocks = _by_block(g, block_size), _by_block(x, block_size)
+    rows, cols, slots = owners(row_ptr), col_idx.long(), slot.long()
+    parts = [
+        torch.bmm(g_blocks[rows[part]].transpose(1, 2), x_blocks[cols[part]])
+        for part in _chunks(slots.numel(), g.shape[0] * block_size)
+    ]
+    dvalues = g.new_zeros(slots.numel(), block_size, block_size)
+    return dvalues.index_add(0, slots, torch.cat(parts)) if parts else dvalues
+
+
+def owners(ptr: Tensor) -> Tensor:
+    """The block row (or column) of each position: ``ptr [R+1]`` -> ``[n_blocks]``.
+
+    >>> owners(torch.tensor([0, 2, 2, 3]))
+    tensor([0, 0, 2])
+    """
+    counts = ptr.diff().long()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=ptr.device), counts)
+
+
+def _gather_multiply_add(x: Tensor, blocks: Tensor, ptr: Tensor, idx: Tensor, slot: Tensor) -> Tensor:
+    """Adds ``x[:, idx] @ blocks[slot]`` to the output block that owns the position."""
+    n, b = x.shape[0], blocks.shape[1]
+    x_blocks, out_of, slots = _by_block(x, b), owners(ptr), slot.long()
+    y = x.new_zeros(ptr.numel() - 1, n, b)
+    for part in _chunks(slots.numel(), n * b):
+        y = y.index_add(0, out_of[part], torch.bmm(x_blocks[idx[part].long()], blocks[slots[part]]))
+    return y.transpose(0, 1).reshape(n, y.shape[0] * b)
+
+
+def _by_block(x: Tensor, b: int) -> Tensor:
+    """``[N, C*b]`` -> ``[C, N, b]``."""
+    return x.reshape(x.shape[0], x.shape[1] // b, b).transpose(0, 1)
+
+
+def _chunks(n_blocks: int, block_cost: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(1, block_cost))
+    return (slice(i, i + step) for i in range(0, n_blocks, step))

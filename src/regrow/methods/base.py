@@ -1,0 +1,140 @@
+"""What a sparse-training method is, and how it is found by name.
+
+A method is a frozen dataclass in one file. Its fields are its options; its functions are pure: they look at
+:class:`Signals` and return a :class:`~regrow.TopologyUpdate`. Applying it is the updater's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from regrow.errors import RegrowError
+from regrow.topology import BlockTopology, TopologyUpdate
+
+ENTRY_POINT_GROUP = "regrow.methods"
+
+
+@dataclasses.dataclass(frozen=True)
+class Signals:
+    """What a method may look at when one layer is updated.
+
+    Args:
+        values: [n_blocks, b, b] the layer's blocks, by slot.
+        topology: where the slots are.
+        fraction: share of blocks the schedule asks to move, in [0, 1].
+        generator: the only source of randomness a method may use; seeded alike on every rank.
+    """
+
+    values: Tensor
+    topology: BlockTopology
+    fraction: float
+    generator: torch.Generator
+
+    @property
+    def n_moved(self) -> int:
+        """Number of blocks the schedule asks to move, ``round(fraction * n_blocks)``."""
+        return round(self.fraction * self.topology.n_blocks)
+
+
+class Method(ABC):
+    """A sparse-training method: decides which blocks of one layer move where.
+
+    Subclass as a frozen dataclass with a default for every field and decorate with :func:`register`.
+    """
+
+    name: ClassVar[str] = ""
+    always_sparse: ClassVar[bool] = True
+    """No tensor of a dense weight's size is ever formed."""
+
+    @abstractmethod
+    def propose(self, signals: Signals) -> TopologyUpdate | None:
+        """The blocks to move, or ``None`` to leave the layer alone. Must not change anything."""
+
+    def regularise_(self, values: Tensor, lr: float) -> None:
+        """Decoupled shrinkage of ``values`` in place, once after every optimizer step; nothing by default."""
+
+
+M = TypeVar("M", bound=type[Method])
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method available under ``name``.
+
+    Raises:
+        RegrowError: the class is no frozen dataclass, a field lacks a default, or the name is taken.
+    """
+
+    def decorate(cls: M) -> M:
+        parameters = getattr(cls, "__dataclass_params__", None)
+        if parameters is None or not parameters.frozen:
+            raise RegrowError(f"method {name!r}: {cls.__name__} must be a dataclass(frozen=True)")
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise RegrowError(f"method {name!r}: field {field.name!r} needs a default")
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise RegrowError(f"method {name!r} is registered twice, by {known.__module__} and {cls.__module__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def available() -> list[str]:
+    """Names of all methods: this package's and those of the entry-point group ``regrow.methods``.
+
+    Example:
+        >>> available()
+        ['dynsparse', 'static']
+    """
+    _discover()
+    return sorted(_REGISTRY)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under ``name``.
+
+    Raises:
+        RegrowError: unknown name; the message lists the known ones.
+    """
+    if name not in available():
+        raise RegrowError(f"unknown method {name!r}; choose one of {', '.join(available())}")
+    return _REGISTRY[name]
+
+
+def create(name: str, **options: Any) -> Method:
+    """Build a method by name with its options.
+
+    Raises:
+        RegrowError: unknown name or option, or a value the method refuses.
+
+    Example:
+        >>> create("dynsparse", norm="l2").norm
+        'l2'
+    """
+    cls = method_class(name)
+    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for option in options:
+        if option not in fields:
+            known = ", ".join(fields) or "none"
+            raise RegrowError(f"method {name!r} has no option {option!r}; its options: {known}")
+    return cls(**options)
+
+
+def _discover() -> None:
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__, __package__ + "."):
+        importlib.import_module(module.name)
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        entry.load()

@@ -1,0 +1,132 @@
+"""The drop-in sparse linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from regrow import kernels
+from regrow.errors import RegrowError
+from regrow.nn.init import initialise_
+from regrow.topology import BlockTopology, blocks_at_density
+
+BLOCK_SIZES = (1, 4, 8, 16, 32, 64)
+
+
+class BlockSparseLinear(nn.Module):
+    r"""``y = x W^T + bias`` where only the non-zero blocks of ``W`` exist.
+
+    The parameter *is* the blocks: ``values[k]`` is the ``b x b`` block
+    ``W[r*b:(r+1)*b, c*b:(c+1)*b]`` at the position ``(r, c)`` that ``topology`` gives slot ``k``. Gradient and
+    optimizer state are therefore sparse by construction. Forward costs ``2 * tokens * n_blocks * b^2`` FLOPs, and so
+    does each of the two gradients.
+
+    Args:
+        in_features, out_features: multiples of ``block_size``.
+        block_size: edge ``b`` of a block, one of 1, 4, 8, 16, 32, 64.
+        density: share of blocks that exist, in (0, 1]; ``n_blocks = round(density * R * C)``, at least one.
+        bias: add a learned ``[out_features]`` bias, zero at first.
+        generator: source of the random pattern and values; the global one if absent.
+
+    Shape:
+        input ``[..., in_features]`` -> output ``[..., out_features]``; any number of leading dimensions, also
+        zero tokens.
+
+    Raises:
+        RegrowError: the block does not divide a dimension, or ``density`` is outside (0, 1].
+
+    Example:
+        >>> layer = BlockSparseLinear(64, 32, block_size=16, density=0.25)
+        >>> layer.values.shape, layer(torch.ones(3, 5, 64)).shape
+        (torch.Size([2, 16, 16]), torch.Size([3, 5, 32]))
+
+    Reference: Dietrich et al. 2021, arXiv 2108.06277, section 2.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        block_size: int,
+        density: float,
+        bias: bool = True,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_block_size(in_features, out_features, block_size)
+        self.in_features, self.out_features, self.block_size = in_features, out_features, block_size
+        rows, cols = out_features // block_size, in_features // block_size
+        n_blocks = blocks_at_density(rows, cols, density)
+        self.values = nn.Parameter(torch.empty(n_blocks, block_size, block_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        if self.values.is_meta:  # a skeleton whose indices and values a checkpoint will bring
+            self.topology = BlockTopology(rows, cols, n_blocks, device="meta")
+        else:
+            self.topology = BlockTopology.random(rows, cols, n_blocks, generator).to(self.values.device)
+            self.reset_parameters(generator)
+
+    @property
+    def density(self) -> float:
+        """Share of block positions that hold a block."""
+        return self.topology.density
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the blocks anew as the paper does and zero the bias; the pattern stays."""
+        initialise_(self.values, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise RegrowError(
+                f"BlockSparseLinear expects inputs of {self.in_features} features, got shape {list(x.shape)}"
+            )
+        tokens = x.reshape(-1, self.in_features)
+        y = kernels.spmm(tokens, self.values, self.bias, *self.topology.indices())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """The weight as an ordinary ``[out_features, in_features]`` tensor, zero where no block is.
+
+        For export and tests only: nothing in training calls it.
+        """
+        b, rows, cols = self.block_size, *self.topology.coordinates()
+        grid = self.values.new_zeros(self.topology.n_block_rows, self.topology.n_block_cols, b, b)
+        grid[rows, cols] = self.values
+        return grid.permute(0, 2, 1, 3).reshape(self.out_features, self.in_features)
+
+    @torch.no_grad()
+    def load_dense_(self, weight: Tensor) -> None:
+        """Copy the existing blocks out of a dense ``[out_features, in_features]`` weight; the rest is ignored."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise RegrowError(
+                f"weight must be [{self.out_features}, {self.in_features}], got {list(weight.shape)}"
+            )
+        b, (rows, cols) = self.block_size, self.topology.coordinates()
+        grid = weight.view(self.topology.n_block_rows, b, self.topology.n_block_cols, b)
+        self.values.copy_(grid[rows, :, cols])
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
+            f"density={self.density:.4g}, bias={self.bias is not None}"
+        )
+
+
+def check_block_size(in_features: int, out_features: int, block_size: int) -> None:
+    """Raise unless ``block_size`` is supported and divides both dimensions."""
+    if block_size not in BLOCK_SIZES:
+        raise RegrowError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1 or size % block_size:
+            raise RegrowError(
+                f"block_size {block_size} does not divide {name}={size}; choose a block size that divides both "
+                f"in_features={in_features} and out_features={out_features}"
+            )

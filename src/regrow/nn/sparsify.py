@@ -1,0 +1,183 @@
+"""Turn the linear layers of any model into block-sparse ones, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from regrow.errors import RegrowError
+from regrow.nn.layout import record_layout
+from regrow.nn.linear import BlockSparseLinear, check_block_size
+from regrow.topology import layer_densities
+
+Model = TypeVar("Model", bound=nn.Module)
+Globs = str | Sequence[str]
+
+
+def named_sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
+    """Every :class:`BlockSparseLinear` of a model with its qualified name, in the order of ``named_modules``."""
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLinear):
+            yield name, module
+
+
+def sparsify(
+    model: Model,
+    *,
+    density: float,
+    block_size: int,
+    include: Globs = "*",
+    exclude: Globs = (),
+    distribution: str = "uniform",
+    init: Literal["truncated_normal", "keep"] = "truncated_normal",
+    on_mismatch: Literal["error", "skip"] = "error",
+    seed: int = 0,
+) -> Model:
+    """Replace the chosen ``nn.Linear`` modules by :class:`BlockSparseLinear`, in place.
+
+    Args:
+        density: share of blocks that exist, in (0, 1].
+        block_size: edge of a block, one of 1, 4, 8, 16, 32, 64.
+        include, exclude: one glob or several over qualified module names, ``"bert.encoder.*"``; a layer is
+            replaced if any ``include`` and no ``exclude`` matches.
+        distribution: how density varies over layers; ``"uniform"``.
+        init: ``"truncated_normal"`` draws new values as the paper does; ``"keep"`` copies the dense weight's
+            values at the chosen blocks. The bias is kept with ``"keep"``, zeroed otherwise.
+        on_mismatch: a layer that the block does not divide is an error, or is left dense with one warning.
+        seed: of patterns and values; the global random state is not touched.
+
+    A model laid out on the meta device gets real sparse layers on the CPU, so it need never have been dense.
+
+    Returns:
+        the same model (a new module if ``model`` itself is an ``nn.Linear``).
+
+    Raises:
+        RegrowError: nothing matches, a block does not divide a layer, a matched weight is shared with another
+            module, or an argument is out of range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> sparsify(model, density=0.25, block_size=16, include="0")[0].values.shape
+        torch.Size([4, 16, 16])
+    """
+    if init not in ("truncated_normal", "keep"):
+        raise RegrowError(f"init must be 'truncated_normal' or 'keep', got {init!r}")
+    chosen = _chosen_layers(model, include, exclude)
+    chosen = _divisible(chosen, block_size, on_mismatch)
+    if not chosen:
+        raise RegrowError(f"no nn.Linear matches include={include!r}, exclude={exclude!r}; nothing to sparsify")
+    _refuse_shared(model, chosen)
+    shapes = {
+        name: (layer.out_features // block_size, layer.in_features // block_size)
+        for name, layer in chosen.items()
+    }
+    densities = layer_densities(shapes, density, distribution)
+    generator = torch.Generator().manual_seed(seed)
+    for name, dense in chosen.items():
+        sparse = _replacement(dense, block_size, densities[name], generator)
+        if init == "keep":
+            sparse.load_dense_(dense.weight)
+            if sparse.bias is not None:
+                sparse.bias.data.copy_(dense.bias)
+        model = _replace(model, name, sparse)
+    record_layout(model, dict(named_sparse_layers(model)))
+    return model
+
+
+def densify(model: Model) -> Model:
+    """Replace every :class:`BlockSparseLinear` by the ``nn.Linear`` of equal function, in place; absent = 0.
+
+    Example:
+        >>> model = nn.Sequential(BlockSparseLinear(32, 32, block_size=16, density=0.5))
+        >>> x = torch.ones(1, 32)
+        >>> before = model(x)
+        >>> torch.allclose(densify(model)(x), before, atol=1e-6), type(model[0]).__name__
+        (True, 'Linear')
+    """
+    for name, sparse in list(named_sparse_layers(model)):
+        dense = nn.Linear(sparse.in_features, sparse.out_features, bias=sparse.bias is not None, device="meta")
+        dense.weight = nn.Parameter(sparse.to_dense(), requires_grad=sparse.values.requires_grad)
+        if sparse.bias is not None:
+            dense.bias = sparse.bias
+        model = _replace(model, name, dense.train(sparse.training))
+    record_layout(model, {})
+    return model
+
+
+def _chosen_layers(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, nn.Linear]:
+    include, exclude = _as_globs(include), _as_globs(exclude)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and any(fnmatchcase(name, glob) for glob in include)
+        and not any(fnmatchcase(name, glob) for glob in exclude)
+    }
+
+
+def _as_globs(globs: Globs) -> Sequence[str]:
+    return (globs,) if isinstance(globs, str) else globs
+
+
+def _divisible(
+    layers: dict[str, nn.Linear], block_size: int, on_mismatch: str
+) -> dict[str, nn.Linear]:
+    if on_mismatch not in ("error", "skip"):
+        raise RegrowError(f"on_mismatch must be 'error' or 'skip', got {on_mismatch!r}")
+    fitting, skipped = {}, []
+    for name, layer in layers.items():
+        if on_mismatch == "skip" and (layer.in_features % block_size or layer.out_features % block_size):
+            skipped.append(name)
+            continue
+        try:
+            check_block_size(layer.in_features, layer.out_features, block_size)
+        except RegrowError as error:
+            raise RegrowError(f"{name or 'the layer'}: {error}, or exclude={name!r}") from None
+        fitting[name] = layer
+    if skipped:
+        warnings.warn(f"left dense, block_size {block_size} does not divide: {', '.join(skipped)}", stacklevel=3)
+    return fitting
+
+
+def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    uses = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    for name, layer in chosen.items():
+        if uses[id(layer.weight)] > 1:
+            raise RegrowError(f"{name}: its weight is tied to another module; leave it dense with exclude={name!r}")
+
+
+def _replacement(
+    dense: nn.Linear, block_size: int, density: float, generator: torch.Generator
+) -> BlockSparseLinear:
+    sparse = BlockSparseLinear(
+        dense.in_features,
+        dense.out_features,
+        block_size=block_size,
+        density=density,
+        bias=dense.bias is not None,
+        generator=generator,
+        device="cpu",
+        dtype=dense.weight.dtype,
+    )
+    if not dense.weight.is_meta:  # a skeleton gets real sparse layers: so a model need never have been dense
+        sparse = sparse.to(dense.weight.device)
+    return sparse.train(dense.training)
+
+
+def _replace(model: Model, name: str, module: nn.Module) -> Model:
+    if not name:
+        return module  # type: ignore[return-value]
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+    return model

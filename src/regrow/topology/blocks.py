@@ -1,0 +1,240 @@
+"""Where the non-zero blocks of one weight matrix are.
+
+A :class:`BlockTopology` is the index half of a sparse layer; the values live beside it as an ordinary parameter.
+**Slots are stable**: slot ``k`` is row ``k`` of the values for the whole life of the layer. A topology update
+overwrites the coordinates of dead slots and re-sorts *indices*; no value and no optimizer state ever moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from regrow.errors import RegrowError
+from regrow.topology.sampling import sample_distinct, sample_free
+from regrow.topology.update import TopologyUpdate
+
+_SAVED = ("row_ptr", "col_idx", "slot")
+_DERIVED = ("col_ptr", "row_idx_t", "slot_t")
+_MAX_POSITIONS = 2**31 - 1  # indices are int32
+
+
+class BlockTopology(nn.Module):
+    """Indices of the non-zero blocks of a matrix of ``n_block_rows x n_block_cols`` blocks.
+
+    Buffers, all int32 (``n`` = number of blocks, ``R`` x ``C`` block positions):
+
+    ===========  =======  ==========================================================================
+    ``row_ptr``  [R + 1]  entries ``row_ptr[r]:row_ptr[r+1]`` belong to block row ``r``
+                          (PyTorch's sparse tensors call it ``crow_indices``)
+    ``col_idx``  [n]      block column of each entry, ascending within a row
+    ``slot``     [n]      row of ``values`` that holds the entry: a permutation of ``0..n-1``
+    ``col_ptr``  [C + 1]  the same by columns (CSC), derived and not saved
+    ``row_idx_t``  [n]    block row of each CSC entry, derived
+    ``slot_t``   [n]      slot of each CSC entry, derived
+    ===========  =======  ==========================================================================
+
+    Example:
+        >>> topology = BlockTopology.from_coordinates([1, 0], [0, 2], n_block_rows=2, n_block_cols=3)
+        >>> topology.row_ptr.tolist(), topology.col_idx.tolist(), topology.slot.tolist()
+        ([0, 1, 2], [2, 0], [1, 0])
+    """
+
+    row_ptr: Tensor
+    col_idx: Tensor
+    slot: Tensor
+    col_ptr: Tensor
+    row_idx_t: Tensor
+    slot_t: Tensor
+
+    def __init__(
+        self,
+        n_block_rows: int,
+        n_block_cols: int,
+        n_blocks: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make room for ``n_blocks`` entries; they are meaningless until :meth:`set_coordinates` or a load."""
+        super().__init__()
+        check_counts(n_block_rows, n_block_cols, n_blocks)
+        self.n_block_rows, self.n_block_cols, self.n_blocks = n_block_rows, n_block_cols, n_blocks
+        sizes = {"row_ptr": n_block_rows + 1, "col_ptr": n_block_cols + 1}
+        for name in _SAVED + _DERIVED:
+            empty = torch.zeros(sizes.get(name, n_blocks), dtype=torch.int32, device=device)
+            self.register_buffer(name, empty, persistent=name in _SAVED)
+
+    @classmethod
+    def from_coordinates(
+        cls, rows: Tensor | list[int], cols: Tensor | list[int], *, n_block_rows: int, n_block_cols: int
+    ) -> BlockTopology:
+        """Topology in which slot ``k`` sits at block position ``(rows[k], cols[k])``; validated."""
+        rows, cols = torch.as_tensor(rows), torch.as_tensor(cols)
+        topology = cls(n_block_rows, n_block_cols, rows.numel(), device=rows.device)
+        topology.set_coordinates(rows, cols)
+        return topology
+
+    @classmethod
+    def random(
+        cls,
+        n_block_rows: int,
+        n_block_cols: int,
+        n_blocks: int,
+        generator: torch.Generator | None = None,
+    ) -> BlockTopology:
+        """``n_blocks`` distinct positions, uniform over all ``R * C``; memory is O(n_blocks)."""
+        check_counts(n_block_rows, n_block_cols, n_blocks)
+        keys = sample_distinct(n_block_rows * n_block_cols, n_blocks, generator).sort().values
+        return cls.from_coordinates(
+            keys // n_block_cols, keys % n_block_cols, n_block_rows=n_block_rows, n_block_cols=n_block_cols
+        )
+
+    @property
+    def density(self) -> float:
+        """Share of block positions that hold a block, in (0, 1]."""
+        return self.n_blocks / self.n_positions
+
+    @property
+    def n_positions(self) -> int:
+        """Number of block positions, ``R * C``."""
+        return self.n_block_rows * self.n_block_cols
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The six index arrays in the order every kernel takes them: CSR, then CSC."""
+        return self.row_ptr, self.col_idx, self.slot, self.col_ptr, self.row_idx_t, self.slot_t
+
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """``(rows [n], cols [n])`` as int64, indexed **by slot**: slot ``k`` sits at ``(rows[k], cols[k])``."""
+        slot = self.slot.long()
+        counts = (self.row_ptr[1:] - self.row_ptr[:-1]).long()
+        by_entry = torch.repeat_interleave(torch.arange(self.n_block_rows, device=slot.device), counts)
+        rows, cols = torch.empty_like(slot), torch.empty_like(slot)
+        rows[slot], cols[slot] = by_entry, self.col_idx.long()
+        return rows, cols
+
+    def keys(self) -> Tensor:
+        """Flat position ``row * C + col`` of every slot, int64 ``[n]``."""
+        rows, cols = self.coordinates()
+        return rows * self.n_block_cols + cols
+
+    def free_positions(
+        self, k: int, generator: torch.Generator | None = None, *, occupied: Tensor | None = None
+    ) -> Tensor:
+        """``k`` distinct flat positions, uniform over those not in ``occupied`` (default: every block's).
+
+        Raises:
+            RegrowError: fewer than ``k`` positions are free.
+        """
+        return sample_free(self.n_positions, self.keys() if occupied is None else occupied, k, generator)
+
+    @torch.no_grad()
+    def set_coordinates(self, rows: Tensor, cols: Tensor) -> None:
+        """Place slot ``k`` at ``(rows[k], cols[k])`` for all ``k`` and rebuild every index array in place.
+
+        Raises:
+            RegrowError: a coordinate is out of range, or two slots share a position.
+        """
+        rows, cols = rows.to(self.slot.device).long(), cols.to(self.slot.device).long()
+        if rows.shape != (self.n_blocks,) or cols.shape != (self.n_blocks,):
+            raise RegrowError(
+                f"rows and cols must have shape [{self.n_blocks}], got {list(rows.shape)} and {list(cols.shape)}"
+            )
+        _check_range("rows", rows, self.n_block_rows)
+        _check_range("cols", cols, self.n_block_cols)
+        keys = rows * self.n_block_cols + cols
+        order = torch.argsort(keys)
+        if bool((keys[order].diff() == 0).any()):
+            raise RegrowError("two slots share one block position; every position may be listed once")
+        self.slot.copy_(order)
+        self.col_idx.copy_(cols[order])
+        self.row_ptr.copy_(_pointers(rows, self.n_block_rows))
+        self._derive(rows, cols)
+
+    def reallocate(self, update: TopologyUpdate) -> None:
+        """Move the slots an update names to their new positions; all other slots stay where they are.
+
+        Raises:
+            RegrowError: a slot is named twice or out of range, or the result would hold a position twice.
+        """
+        slots = update.slots.to(self.slot.device).long()
+        _check_range("slots", slots, self.n_blocks)
+        if torch.unique(slots).numel() != slots.numel():
+            raise RegrowError("a TopologyUpdate names one slot twice; every slot may move once per update")
+        rows, cols = self.coordinates()
+        rows[slots] = update.rows.to(rows)
+        cols[slots] = update.cols.to(cols)
+        self.set_coordinates(rows, cols)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Check the saved arrays (they may come from a file) and rebuild the derived ones from them.
+
+        Raises:
+            RegrowError: naming the array, if pointers are not monotone, an index is out of range, columns
+                of a row are not strictly ascending, or ``slot`` is not a permutation.
+        """
+        n, row_ptr = self.n_blocks, self.row_ptr.long()
+        if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or bool((row_ptr.diff() < 0).any()):
+            raise RegrowError(f"row_ptr must rise from 0 to n_blocks={n}; the file or state is damaged")
+        _check_range("col_idx", self.col_idx, self.n_block_cols)
+        _check_range("slot", self.slot, n)
+        if bool((torch.bincount(self.slot.long(), minlength=n) != 1).any()):
+            raise RegrowError("slot must name every row of values exactly once; the file or state is damaged")
+        rows, cols = self.coordinates()
+        keys = (rows * self.n_block_cols + cols)[self.slot.long()]
+        if bool((keys.diff() <= 0).any()):
+            raise RegrowError("col_idx must ascend strictly within each block row; the file or state is damaged")
+        self._derive(rows, cols)
+
+    def _derive(self, rows: Tensor, cols: Tensor) -> None:
+        order = torch.argsort(cols * self.n_block_rows + rows)
+        self.slot_t.copy_(order)
+        self.row_idx_t.copy_(rows[order])
+        self.col_ptr.copy_(_pointers(cols, self.n_block_cols))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        for name in _SAVED:
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and loaded.is_floating_point():
+                raise RegrowError(f"{prefix}{name} must hold integers, got {loaded.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        if all(prefix + name in state_dict for name in _SAVED) and not self.slot.is_meta:
+            try:
+                self.validate()
+            except RegrowError as error:
+                raise RegrowError(f"{prefix}{error}") from None
+
+    def extra_repr(self) -> str:
+        return f"{self.n_block_rows} x {self.n_block_cols} positions, n_blocks={self.n_blocks}"
+
+
+def named_topologies(model: nn.Module) -> Iterator[tuple[str, BlockTopology]]:
+    """Every :class:`BlockTopology` of a model with its qualified name, in the order of ``named_modules``."""
+    for name, module in model.named_modules():
+        if isinstance(module, BlockTopology):
+            yield name, module
+
+
+def check_counts(n_block_rows: int, n_block_cols: int, n_blocks: int) -> None:
+    """Raise unless ``n_blocks`` distinct blocks fit into ``n_block_rows x n_block_cols`` positions."""
+    if n_block_rows < 1 or n_block_cols < 1:
+        raise RegrowError(f"a topology needs at least one block row and column, got {n_block_rows} x {n_block_cols}")
+    if n_block_rows * n_block_cols > _MAX_POSITIONS:
+        raise RegrowError(f"{n_block_rows} x {n_block_cols} block positions exceed 2**31 - 1; use larger blocks")
+    if not 1 <= n_blocks <= n_block_rows * n_block_cols:
+        raise RegrowError(
+            f"n_blocks must lie between 1 and {n_block_rows * n_block_cols} "
+            f"({n_block_rows} x {n_block_cols} positions), got {n_blocks}"
+        )
+
+
+def _pointers(index: Tensor, size: int) -> Tensor:
+    """``[size + 1]`` running count of ``index`` values: where each row or column begins."""
+    counts = torch.bincount(index, minlength=size)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _check_range(name: str, index: Tensor, size: int) -> None:
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+        raise RegrowError(f"{name} must lie in [0, {size}), found {int(index.min())} to {int(index.max())}")

@@ -1,0 +1,12 @@
+"""Training with a moving topology: schedule, updater, transformers callback and trainer."""
+
+from regrow.training import loading as _loading  # registers the loader with transformers
+from regrow.training.callback import RegrowCallback
+from regrow.training.metrics import UpdateRecord
+from regrow.training.schedule import UpdateSchedule
+from regrow.training.trainer import SafeTrainer
+from regrow.training.updater import TopologyUpdater
+
+__all__ = ["RegrowCallback", "SafeTrainer", "TopologyUpdater", "UpdateRecord", "UpdateSchedule"]
+
+del _loading

@@ -1,0 +1,92 @@
+"""Topology updates inside the transformers Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from regrow.errors import RegrowError
+from regrow.methods import Method
+from regrow.training.checkpoint import TOPOLOGY_FILE, load_tensors
+from regrow.training.metrics import UpdateRecord
+from regrow.training.schedule import Decay, UpdateSchedule
+from regrow.training.updater import TopologyUpdater
+
+
+class RegrowCallback(TrainerCallback):
+    """Runs a :class:`~regrow.TopologyUpdater` after every optimizer step of a ``Trainer``.
+
+    ``Trainer(..., callbacks=[RegrowCallback(n_updates=40)])`` is all a training script needs. The updater's state
+    travels in every checkpoint and is restored on resume.
+
+    Args:
+        method: a name from ``regrow.methods.available()`` or a :class:`~regrow.methods.Method`.
+        n_updates, drop_fraction, decay: see :class:`~regrow.UpdateSchedule`; the total is the Trainer's.
+        seed: of the updates.
+        on_update: called with the records of every update.
+
+    Raises:
+        RegrowError: at the start of training, if the model has no sparse layer or an argument is out of range.
+
+    Example:
+        >>> RegrowCallback("dynsparse", n_updates=4, drop_fraction=0.5).updater is None  # until training begins
+        True
+    """
+
+    def __init__(
+        self,
+        method: str | Method = "dynsparse",
+        *,
+        n_updates: int,
+        drop_fraction: float = 0.5,
+        decay: Decay = "cosine",
+        seed: int = 0,
+        on_update: Callable[[list[UpdateRecord]], None] | None = None,
+    ) -> None:
+        self.method, self.n_updates, self.drop_fraction, self.decay = method, n_updates, drop_fraction, decay
+        self.seed, self.on_update = seed, on_update
+        self.updater: TopologyUpdater | None = None
+        self.last_records: list[UpdateRecord] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        schedule = UpdateSchedule(state.max_steps, self.n_updates, self.drop_fraction, self.decay)
+        self.updater = TopologyUpdater(
+            kwargs["model"], kwargs["optimizer"], self.method, schedule=schedule, seed=self.seed
+        )
+        if state.global_step > 0:
+            checkpoint = _checkpoint_folder(args, state)
+            self.updater.load_state_dict(load_tensors(checkpoint / TOPOLOGY_FILE))
+            if self.updater.n_steps != state.global_step:
+                raise RegrowError(f"{checkpoint / TOPOLOGY_FILE} is of step {self.updater.n_steps}, not of this one")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.updater is not None  # on_train_begin ran
+        records = self.updater.step()
+        if records:
+            self.last_records = records
+            if self.on_update is not None:
+                self.on_update(records)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        folder = _checkpoint_folder(args, state)
+        if args.should_save and not (folder / TOPOLOGY_FILE).exists():
+            self.save_state(folder)
+
+    def save_state(self, folder: Path) -> None:
+        """Write the updater's state into a checkpoint folder."""
+        if self.updater is not None:
+            save_file(self.updater.state_dict(), folder / TOPOLOGY_FILE)
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -1,0 +1,154 @@
+"""Optimizer, scheduler and random state on disk: safetensors and JSON, never pickle.
+
+A checkpoint directory holds the model as ``save_pretrained`` writes it and, from here:
+
+``training_state.safetensors``  every tensor of optimizer and random state
+``training_state.json``         everything else: parameter groups, scheduler, plain numbers
+``topology_state.safetensors``  :meth:`regrow.TopologyUpdater.state_dict`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from regrow.errors import RegrowError
+
+TENSORS_FILE = "training_state.safetensors"
+JSON_FILE = "training_state.json"
+TOPOLOGY_FILE = "topology_state.safetensors"
+
+
+def save_training_state(folder: Path, optimizer: Optimizer, scheduler: Any, extra: dict[str, Any]) -> None:
+    """Write optimizer, scheduler and the process's random state; ``extra`` is JSON the caller gets back."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, entry in entries.items():
+            key = f"optimizer.{index}.{name}"
+            if isinstance(entry, Tensor):
+                tensors[key] = entry.contiguous()
+            else:
+                numbers[key] = entry
+    document = {
+        "param_groups": state["param_groups"],
+        "optimizer_numbers": numbers,
+        "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+        "extra": extra,
+    }
+    save_file(tensors | _random_state(), folder / TENSORS_FILE)
+    (folder / JSON_FILE).write_text(json.dumps(document, indent=1))
+
+
+def load_training_state(folder: Path, optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+    """Restore what :func:`save_training_state` wrote, random state apart; returns ``extra``.
+
+    Raises:
+        RegrowError: a file is missing, truncated, or belongs to another model or optimizer.
+    """
+    tensors, document = load_tensors(folder / TENSORS_FILE), load_json(folder / JSON_FILE)
+    expected = optimizer.state_dict()["param_groups"]
+    saved = document.get("param_groups")
+    if not isinstance(saved, list) or [g.get("params") for g in saved] != [g["params"] for g in expected]:
+        raise RegrowError(f"{folder / JSON_FILE}: its parameter groups are not this run's; resume with the same config")
+    state: dict[int, dict[str, Any]] = {}
+    entries = {**tensors, **document["optimizer_numbers"]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, entry in entries.items():
+        kind, _, rest = key.partition(".")
+        if kind != "optimizer":
+            continue
+        index, _, name = rest.partition(".")
+        _check_entry(folder, key, entry, parameters, index)
+        state.setdefault(int(index), {})[name] = entry
+    optimizer.load_state_dict({"state": state, "param_groups": saved})
+    scheduler.load_state_dict(document["scheduler"] | {"lr_lambdas": [None] * len(scheduler.base_lrs)})
+    return document["extra"]
+
+
+def load_random_state(folder: Path) -> None:
+    """Put the random generators of torch, numpy and Python where the checkpoint left them."""
+    tensors = load_tensors(folder / TENSORS_FILE)
+    torch.set_rng_state(tensors["random.torch"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    key, position = tensors["random.numpy"][:-1], tensors["random.numpy"][-1]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), int(position), 0, 0.0))
+    version, *internal = tensors["random.python"].tolist()
+    random.setstate((version, tuple(internal), None))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        RegrowError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, error) from None
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        RegrowError: the file is missing or no JSON object.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise damaged(path, error) from None
+    if not isinstance(document, dict):
+        raise damaged(path, "it holds no JSON object")
+    return document
+
+
+def damaged(path: Path, why: object) -> RegrowError:
+    """The error for a checkpoint file that is missing, truncated or not what it should be."""
+    if isinstance(why, FileNotFoundError):
+        return RegrowError(f"{path} is missing: the checkpoint is incomplete; resume from an older one")
+    return RegrowError(f"{path} is truncated or damaged ({why}); resume from an older checkpoint")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder, and the folder, to the disk."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_entry(folder: Path, key: str, entry: Any, parameters: list[Tensor], index: str) -> None:
+    known = index.isdigit() and int(index) < len(parameters)
+    if known and isinstance(entry, Tensor) and entry.numel() != 1:
+        known = entry.shape[0] == parameters[int(index)].shape[0]
+    if not known:
+        raise RegrowError(f"{folder / TENSORS_FILE}: {key} fits no parameter of this model")
+
+
+def _random_state() -> dict[str, Tensor]:
+    _, key, position, *_ = np.random.get_state()
+    version, internal, _ = random.getstate()
+    state = {
+        "random.torch": torch.get_rng_state(),
+        "random.numpy": torch.from_numpy(np.append(key, position).astype(np.int64)),
+        "random.python": torch.tensor([version, *internal], dtype=torch.int64),
+    }
+    if torch.cuda.is_available():
+        state["random.cuda"] = torch.cuda.get_rng_state()
+    return state

@@ -1,0 +1,53 @@
+"""Random block-sparse problems, built without the package's own topology."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Coordinates of the blocks in slot order, and the six index arrays."""
+
+    rows: Tensor
+    cols: Tensor
+    n_rows: int
+    n_cols: int
+    index: tuple[Tensor, ...]
+
+    @property
+    def n_blocks(self) -> int:
+        return self.rows.numel()
+
+
+def pattern(n_rows: int, n_cols: int, n_blocks: int, seed: int = 0) -> Pattern:
+    """``n_blocks`` different random coordinates; slots are in no particular order."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randperm(n_rows * n_cols, generator=generator)[:n_blocks]
+    rows, cols = flat // n_cols, flat % n_cols
+
+    def ordered(major: Tensor, minor: Tensor, n_major: int, n_minor: int) -> tuple[Tensor, Tensor, Tensor]:
+        slot = torch.argsort(major * n_minor + minor)
+        ptr = torch.zeros(n_major + 1, dtype=torch.int64)
+        ptr[1:] = torch.bincount(major, minlength=n_major).cumsum(0)
+        return ptr.int(), minor[slot].int(), slot.int()
+
+    csr, csc = ordered(rows, cols, n_rows, n_cols), ordered(cols, rows, n_cols, n_rows)
+    return Pattern(rows, cols, n_rows, n_cols, (*csr, *csc))
+
+
+def to_dense(values: Tensor, p: Pattern) -> Tensor:
+    """``[n_blocks, b, b]`` -> ``[R*b, C*b]``; differentiable."""
+    b = values.shape[1]
+    grid = values.new_zeros(p.n_rows, p.n_cols, b, b).index_put((p.rows, p.cols), values)
+    return grid.transpose(1, 2).reshape(p.n_rows * b, p.n_cols * b)
+
+
+def from_dense(weight: Tensor, p: Pattern, b: int) -> Tensor:
+    """The blocks of the pattern: the inverse of :func:`to_dense`."""
+    return weight.view(p.n_rows, b, p.n_cols, b)[p.rows, :, p.cols, :]
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -1,0 +1,195 @@
+"""What the operators promise besides their values: differentiability, checks, memory, and a safe fork."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from regrow.errors import RegrowError
+from regrow.kernels import cpu, sddmm, spmm, spmm_t
+
+from .problems import normal, pattern
+
+P = pattern(4, 3, 5)
+
+
+def arguments(op: str, b: int, dtype: torch.dtype = torch.float32, n: int = 6, grad: bool = True) -> tuple:
+    x, g = normal(n, 3 * b, seed=1, dtype=dtype), normal(n, 4 * b, seed=2, dtype=dtype)
+    values, bias = normal(5, b, b, seed=3, dtype=dtype), normal(4 * b, seed=4, dtype=dtype)
+    x, g, values, bias = (t.requires_grad_(grad) for t in (x, g, values, bias))
+    return {
+        "spmm": (x, values, bias, *P.index),
+        "spmm_t": (g, values, *P.index),
+        "sddmm": (g, x, *P.index, b),
+    }[op]
+
+
+@pytest.mark.parametrize("b", [1, 3, 4, 16])
+@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])
+def test_opcheck(op: str, b: int) -> None:
+    torch.library.opcheck(getattr(torch.ops.regrow, op).default, arguments(op, b))
+
+
+@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])
+def test_gradcheck(op: str) -> None:
+    args = arguments(op, 2, torch.float64, n=3)
+    function = getattr(torch.ops.regrow, op)
+    assert torch.autograd.gradcheck(function, args)
+    assert torch.autograd.gradgradcheck(function, args)
+
+
+def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, values, bias, *index = arguments("spmm", 4)
+    calls = []
+    real = cpu._call
+    monkeypatch.setattr(cpu, "_call", lambda name, *args: (calls.append(name), real(name, *args)))
+    spmm(x.detach(), values, bias, *index).sum().backward()
+    assert calls == ["spmm", "sddmm"]
+    calls.clear()
+    spmm(x, values.detach(), bias, *index).sum().backward()
+    assert calls == ["spmm", "spmm"]
+    calls.clear()
+    spmm(x.detach(), values.detach(), bias, *index).sum().backward()
+    assert calls == ["spmm"]
+
+
+class Sizes(TorchDispatchMode):
+    """Records the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("b", [1, 4, 16])
+def test_nothing_dense_is_allocated(b: int, dtype: torch.dtype) -> None:
+    p = pattern(256 // b, 512 // b, 256 * 512 // (20 * b * b))
+    x = normal(4, 512, dtype=dtype).requires_grad_()
+    values = normal(p.n_blocks, b, b, dtype=dtype).requires_grad_()
+    bias = normal(256, dtype=dtype).requires_grad_()
+    with Sizes() as sizes:
+        spmm(x, values, bias, *p.index).square().sum().backward()
+    assert sizes.largest >= values.numel()
+    assert sizes.largest < 256 * 512
+
+
+BAD = [
+    ("row_ptr", 0, [1, 2, 3, 4, 5]),
+    ("row_ptr", 0, [0, 3, 2, 4, 5]),
+    ("row_ptr", 0, [0, 1, 2, 3, 4]),
+    ("row_ptr", 0, [0, 1, 2, 3, 99]),
+    ("col_idx", 1, [0, 1, 2, 3, 0]),
+    ("col_idx", 1, [0, -1, 2, 0, 0]),
+    ("slot", 2, [0, 1, 2, 3, 5]),
+    ("slot", 2, [-1, 1, 2, 3, 4]),
+    ("col_ptr", 3, [0, 9, 2, 5]),
+    ("row_idx_t", 4, [0, 1, 2, 3, 4]),
+    ("row_idx_t", 4, [0, -2147483648, 2, 3, 0]),
+    ("slot_t", 5, [0, 1, 2, 3, 1000000]),
+]
+
+
+@pytest.mark.parametrize("b", [1, 3, 4, 16])
+@pytest.mark.parametrize(("name", "position", "content"), BAD)
+def test_bad_indices_are_named(name: str, position: int, content: list[int], b: int) -> None:
+    index = list(P.index)
+    index[position] = torch.tensor(content, dtype=torch.int32)
+    ops = ["spmm_t"] if position >= 3 else ["spmm", "sddmm"]
+    for op in ops:
+        args = list(arguments(op, b, grad=False))
+        first = next(i for i, a in enumerate(args) if a is P.index[0])
+        args[first : first + 6] = index
+        with pytest.raises(RegrowError, match=name):
+            getattr(torch.ops.regrow, op)(*args)
+
+
+def test_slot_named_twice() -> None:
+    args = list(arguments("sddmm", 4, grad=False))
+    args[4] = torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32)
+    with pytest.raises(RegrowError, match="slot"):
+        sddmm(*args)
+
+
+def test_bad_tensors_are_named() -> None:
+    x, values, bias, *index = arguments("spmm", 4)
+    g = normal(6, 16)
+    with pytest.raises(RegrowError, match=r"values is torch\.float64"):
+        spmm(x, values.double(), bias, *index)
+    with pytest.raises(RegrowError, match="bias is"):
+        spmm(x, values, bias[1:], *index)
+    with pytest.raises(RegrowError, match="x is"):
+        spmm(x[:, 1:], values, bias, *index)
+    with pytest.raises(RegrowError, match="values must be"):
+        spmm(x, values[:, 1:], bias, *index)
+    with pytest.raises(RegrowError, match="col_idx must be"):
+        spmm(x, values, bias, index[0], index[1].long(), *index[2:])
+    with pytest.raises(RegrowError, match="slot has 4 entries"):
+        spmm(x, values, bias, *index[:2], index[2][1:], *index[3:])
+    with pytest.raises(RegrowError, match="row_ptr"):
+        spmm(x, values, bias, index[0][:0], *index[1:])
+    with pytest.raises(RegrowError, match="g is"):
+        spmm_t(g[:, 1:], values, *index)
+    with pytest.raises(RegrowError, match="rows"):
+        sddmm(g[1:], x, *index, 4)
+    with pytest.raises(RegrowError, match="block_size"):
+        sddmm(g, x, *index, 0)
+
+
+def test_no_blocks_at_all() -> None:
+    p = pattern(4, 3, 0)
+    x, values, bias = normal(5, 12).requires_grad_(), torch.empty(0, 4, 4).requires_grad_(), normal(16)
+    y = spmm(x, values, bias, *p.index)
+    assert torch.equal(y, bias.expand(5, 16))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(5, 12))
+    assert values.grad.shape == (0, 4, 4)
+
+
+def test_isa_from_the_environment() -> None:
+    # The extension alone, found by its path: importing torch three times takes longer than all tests here.
+    path = cpu.native().__file__
+    code = f"""
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("_native", {path!r})
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.isa())
+"""
+    for isa in cpu.native().available_isas():
+        env = {**os.environ, "REGROW_ISA": isa}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [isa]
+
+
+def test_unknown_isa_is_refused() -> None:
+    with pytest.raises(ValueError, match="generic"):
+        cpu.native().set_isa("avx1024")
+
+
+def _child(queue: "multiprocessing.Queue[float]") -> None:
+    torch.set_num_threads(1)
+    x, values, bias, *index = arguments("spmm", 4, grad=False)
+    queue.put(float(spmm(x, values, bias, *index).sum()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_one_thread_works_in_a_forked_child() -> None:
+    x, values, bias, *index = arguments("spmm", 4, grad=False)
+    expected = float(spmm(x, values, bias, *index).sum())  # the parent's thread pool now exists
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=30) == expected
+    child.join()

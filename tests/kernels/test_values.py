@@ -1,0 +1,106 @@
+"""Values and gradients against the dense operation in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from regrow.kernels import sddmm, spmm, spmm_t
+
+from ..tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_dense
+from .problems import Pattern, from_dense, normal, pattern, to_dense
+
+BLOCKS = [1, 2, 4, 8, 16, 32, 64]
+TOKENS = [0, 1, 7, 63, 64, 200]
+
+
+def check(p: Pattern, b: int, n: int, with_bias: bool = True, strided: bool = False) -> None:
+    """Forward and backward of ``spmm`` with a random cotangent, against dense float32 and float64."""
+    x, values = normal(n, p.n_cols * b, seed=1), normal(p.n_blocks, b, b, seed=2)
+    bias = normal(p.n_rows * b, seed=3) if with_bias else None
+    cotangent = normal(n, p.n_rows * b, seed=4)
+    if strided:
+        x, cotangent = (torch.stack([t, t], dim=-1)[..., 0] for t in (x, cotangent))
+        assert n < 2 or not x.is_contiguous()
+
+    def run(dtype: torch.dtype | None) -> list[Tensor]:
+        leaves = [None if t is None else t.to(dtype or t.dtype).requires_grad_() for t in (x, values, bias)]
+        lx, lv, lb = leaves
+        y = spmm(lx, lv, lb, *p.index) if dtype is None else linear(lx, to_dense(lv, p), lb)
+        grads = torch.autograd.grad(y, [t for t in leaves if t is not None], cotangent.to(y.dtype))
+        return [y.detach(), *grads]
+
+    results = zip(run(None), run(torch.float32), run(torch.float64), strict=True)
+    for i, (ours, dense, exact) in enumerate(results):
+        assert_as_good_as_dense(ours, dense, exact, VALUE_FACTOR if i == 0 else GRADIENT_FACTOR)
+
+
+@pytest.mark.parametrize("n", TOKENS)
+@pytest.mark.parametrize("b", BLOCKS)
+def test_values_and_gradients(b: int, n: int, isa: str, threads: int) -> None:
+    n_rows, n_cols = (5, 3) if b >= 16 else (83 // b, 131 // b)
+    check(pattern(n_rows, n_cols, max(1, n_rows * n_cols // 4), seed=b), b, n)
+
+
+# One block row; one block column; a single block, so nearly all rows and columns are empty; all blocks.
+@pytest.mark.parametrize(("n_rows", "n_cols", "n_blocks"), [(1, 9, 4), (9, 1, 4), (6, 5, 1), (7, 5, 35), (1, 1, 1)])
+@pytest.mark.parametrize("b", BLOCKS)
+def test_awkward_patterns(b: int, n_rows: int, n_cols: int, n_blocks: int, isa: str) -> None:
+    check(pattern(n_rows, n_cols, n_blocks), b, 33)
+
+
+@pytest.mark.parametrize("b", [1, 4, 16])
+def test_strided_input_without_bias(b: int) -> None:
+    check(pattern(6, 10, 15), b, 70, with_bias=False, strided=True)
+
+
+@pytest.mark.parametrize("b", BLOCKS)
+def test_many_tiles(b: int, isa: str) -> None:
+    """More tokens and features than one tile holds."""
+    check(pattern(256 // b, 448 // b, max(1, 256 * 448 // (10 * b * b))), b, 1111)
+
+
+@pytest.mark.parametrize("b", [3, 5, 16])
+def test_reference_dtypes(b: int) -> None:
+    """Block sizes and dtypes without a compiled kernel go to the reference."""
+    p = pattern(4, 3, 5)
+    x, values = normal(9, 3 * b, seed=1, dtype=torch.float64), normal(5, b, b, seed=2, dtype=torch.float64)
+    g = normal(9, 4 * b, seed=3, dtype=torch.float64)
+    weight = to_dense(values, p)
+    torch.testing.assert_close(spmm(x, values, None, *p.index), x @ weight.T)
+    torch.testing.assert_close(spmm_t(g, values, *p.index), g @ weight)
+    torch.testing.assert_close(sddmm(g, x, *p.index, b), from_dense(g.T @ x, p, b))
+    low = spmm(x.bfloat16(), values.bfloat16(), None, *p.index)
+    assert_as_good_as_dense(low, linear(x.bfloat16(), weight.bfloat16()), x @ weight.T)
+
+
+@pytest.mark.parametrize("b", BLOCKS)
+def test_operations_alone(b: int, isa: str) -> None:
+    """Each operation without autograd, and the gradients of the two that ``spmm`` does not differentiate."""
+    p = pattern(5, 7, 12)
+    g, x, values = normal(40, 5 * b, seed=1), normal(40, 7 * b, seed=2), normal(12, b, b, seed=3)
+    h, k = normal(40, 7 * b, seed=4), normal(12, b, b, seed=5)
+    for op, args, cotangent, dense in (
+        (lambda g, v: spmm_t(g, v, *p.index), (g, values), h, lambda g, v: g @ to_dense(v, p)),
+        (lambda g, x: sddmm(g, x, *p.index, b), (g, x), k, lambda g, x: from_dense(g.T @ x, p, b)),
+    ):
+        runs = []
+        for f, dtype in ((op, torch.float32), (dense, torch.float32), (dense, torch.float64)):
+            leaves = [a.to(dtype).requires_grad_() for a in args]
+            out = f(*leaves)
+            runs.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))])
+        for i, (ours, theirs, exact) in enumerate(zip(*runs, strict=True)):
+            assert_as_good_as_dense(ours, theirs, exact, VALUE_FACTOR if i == 0 else GRADIENT_FACTOR)
+
+
+@pytest.mark.parametrize("b", BLOCKS)
+def test_same_bits_twice(b: int, isa: str, threads: int) -> None:
+    p = pattern(96 // min(b, 16), 128 // min(b, 16), 20)
+    x, g = normal(500, p.n_cols * b, seed=1), normal(500, p.n_rows * b, seed=2)
+    values = normal(20, b, b, seed=3)
+    for op in (
+        lambda: spmm(x, values, None, *p.index),
+        lambda: spmm_t(g, values, *p.index),
+        lambda: sddmm(g, x, *p.index, b),
+    ):
+        assert torch.equal(op(), op())

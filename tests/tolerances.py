@@ -1,0 +1,27 @@
+"""Every tolerance of the tests, in one place.
+
+An operation may be at most so many times worse, against float64, than the ordinary dense operation in the
+same dtype on the same numbers. There are no per-test numbers.
+"""
+
+import torch
+from torch import Tensor
+
+VALUE_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+
+def assert_as_good_as_dense(actual: Tensor, dense: Tensor, exact: Tensor, factor: float = VALUE_FACTOR) -> None:
+    """``max |actual - exact| <= factor * max |dense - exact|``, where ``exact`` is the float64 result.
+
+    The dense error is taken as no less than three roundings of the largest number: over a handful of numbers
+    the dense operation can be exact, or nearly so, by luck.
+    """
+    assert actual.shape == exact.shape
+    assert actual.dtype == dense.dtype
+    if not exact.numel():
+        return
+    rounding = 3 * torch.finfo(dense.dtype).eps * exact.abs().max().item()
+    budget = factor * max((dense.double() - exact).abs().max().item(), rounding)
+    error = (actual.double() - exact).abs().max().item()
+    assert error <= budget, f"error {error:.3g} exceeds the budget {budget:.3g}"
