@@ -140,10 +140,8 @@ def _method_of(argv: Sequence[str]) -> type:
 def _pretrain_parser(config_class: type, method_class: type) -> Any:
     from transformers import HfArgumentParser
 
-    class Parser(_OneLineParser, HfArgumentParser):
-        pass
-
-    parser = Parser(
+    parser_class: Any = type("PretrainParser", (_OneLineParser, HfArgumentParser), {})
+    parser = parser_class(
         config_class,
         prog="regrow pretrain",
         allow_abbrev=False,
@@ -154,7 +152,8 @@ def _pretrain_parser(config_class: type, method_class: type) -> Any:
         "--output runs/first",
     )
     _add_sources(parser)
-    method_class._argument_group_name = f"options of --method {method_class.name}"  # type: ignore[attr-defined]
+    if fields(method_class):
+        method_class._argument_group_name = f"options of --method {method_class.name}"  # type: ignore[attr-defined]
     parser._add_dataclass_arguments(method_class)
     parser.dataclass_types.append(method_class)
     return parser
@@ -162,6 +161,7 @@ def _pretrain_parser(config_class: type, method_class: type) -> Any:
 
 def _parse(parser: Any, argv: Sequence[str]) -> tuple[Any, Any]:
     """Configuration and method; the third result of the parser is the source flags, taken out before."""
+    parser.parse_args(argv)  # unknown flags end here, in one line
     config, method = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[:2]
     return config, method
 

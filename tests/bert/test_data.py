@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 import regrow.bert.data as module
 from regrow.bert.data import prepare_splits
-from regrow.bert.stream import PairDataset
 from regrow.bert.masking import IGNORE, WholeWordMasker
+from regrow.bert.stream import PairDataset
 from regrow.bert.tokenizer import load_tokenizer, train_wordpiece
 from regrow.errors import RegrowError
 
@@ -296,8 +296,8 @@ def test_short_documents_as_errors(corpus, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Just one.\n\nAnd another.\n", "documents, 2, only 0 have two or more sentences"),
-        ("Just one. But two sentences.\n\nAnd another.\n", "documents, 2, only 1 have"),
+        ("Just one.\n\nAnd another.\n", "0 of 2 documents have two sentences or more"),
+        ("Just one. But two sentences.\n\nAnd another.\n", "1 of 2 documents have"),
         ("\n", "holds no text"),
     ],
 )

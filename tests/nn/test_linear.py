@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import GRADIENT_FACTOR, assert_as_good_as_dense
 from torch.nn.functional import linear
 
 from regrow import BlockSparseLinear, RegrowError
+from tolerances import GRADIENT_FACTOR, assert_as_good_as_dense
 
 
 def make(b: int, bias: bool = True, density: float = 0.4) -> BlockSparseLinear:

@@ -1,5 +1,6 @@
 """The schedule is the paper's: n segments, n - 1 updates, none after the last."""
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ def test_n_segments_have_n_minus_1_updates_between_them(total: int, data: st.Dat
     steps = [t for t in range(total + 2) if schedule.is_update(t)]
     assert len(steps) == n - 1
     bounds = [0, *steps, total]
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
     assert max(lengths) - min(lengths) <= 1
 
 

@@ -270,8 +270,8 @@ def _check_usable(raw: datasets.Dataset, usable: np.ndarray, recipe: _Recipe) ->
         )
     if len(usable) < 2:
         raise RegrowError(
-            f"corpus {recipe.source!r}: of its documents, {len(raw)}, only {len(usable)} have two or more sentences; "
-            "at least two must, one to train on and one to hold out (a blank line separates documents of a .txt)"
+            f"corpus {recipe.source!r}: {len(usable)} of {len(raw)} documents have two sentences or more; at least two "
+            "must, one to train on and one to hold out (in a .txt a blank line separates documents)"
         )
 
 

@@ -48,7 +48,7 @@ class BertForPreTraining(transformers.BertForPreTraining):
     Outside pre-training load the saved weights with transformers' own classes.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: Tensor, labels: Tensor, next_sentence_label: Tensor, **inputs: Any
     ) -> PretrainingOutput:
         """

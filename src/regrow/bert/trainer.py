@@ -72,7 +72,7 @@ class PretrainingTrainer(SafeTrainer):
         self.run.log_metrics({"step": self.state.global_step, **metrics})
         self._since += time.perf_counter() - started  # evaluation is not training time
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # it clears should_evaluate
         return metrics
 
     def _take_means(self) -> dict[str, float]:
@@ -97,9 +97,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

@@ -24,9 +24,8 @@ struct Shape {
     static constexpr int M = B == 1 ? 8 : kAccumulators / NV;  // token groups of the register tile
     static constexpr int Q = M % 3 == 0 ? M / 3 : M / 2;   // granularity of the last register tile
     static constexpr int64_t kMicroTokens = M * G;
-    // With interleaved tokens, outputs are collected for 256 columns before they are written: short runs at the
-    // stride of a row of y would cost a page-table walk and a cold cache line each.
-    static constexpr int64_t kStageRows = G > 1 ? 256 / B : 1;
+    // Outputs of small blocks are collected for 256 columns before they are written (see writes_directly).
+    static constexpr int64_t kStageRows = B < 2 * W ? (256 + B - 1) / B : 1;
     static constexpr int64_t kStageFloats = kStageRows * M * B * G;
 };
 
@@ -49,7 +48,7 @@ int64_t spmm_tile(int64_t in_blocks) {
 template <int B>
 int64_t sddmm_tile(int64_t rows, int64_t cols) {
     int64_t tokens = 2 * kPanelFloats / max64(1, (rows + cols) * B);
-    return round_up(max64(64, min64(256, tokens)), 32);
+    return round_up(max64(64, min64(128, tokens)), 32);
 }
 
 // Copies up to n floats, the rest zero.
@@ -142,14 +141,28 @@ INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, cons
     spmm_micro<B, Mm>(panel, stride, w, idx, n, bias, out, out_stride);
 }
 
-// stage [block rows][M groups][W] (lanes (output, token)) -> `columns` columns of y.
+// A register tile that holds plain vectors of outputs can be stored straight into y. But when every row of y is
+// a page of its own, a store per row and tile overruns the first-level TLB (16 entries for stores on recent
+// Intel cores), and collecting longer runs first is the faster way, unless the tile has few rows (NV == 2).
+template <int B>
+INLINE bool writes_directly(int64_t out) {
+    return Shape<B>::G == 1 && (Shape<B>::NV == 2 || out <= 1024);
+}
+
+// stage [block rows][M groups][B * G] (lanes (output, token) within a vector) -> `columns` columns of y.
 template <int B>
 void unpack_stage(const float* stage, int64_t groups, int64_t n_tokens, float* y, int64_t width, int64_t columns) {
     constexpr int G = Shape<B>::G, M = Shape<B>::M;
     for (int64_t group = 0; group * G < n_tokens && group < groups; ++group) {
         const int64_t live = n_tokens - group * G;
-        const float* from = stage + group * W;
+        const float* from = stage + group * (B * G);
         float* to = y + group * G * width;
+        if constexpr (G == 1) {
+            for (int64_t f = 0; f < columns; f += B, from += M * B) {
+                unroll<B / W>([&](auto v) LAMBDA { store_any(to + f + v * W, load(from + v * W)); });
+            }
+            continue;
+        }
         for (int64_t f = 0; f < columns; f += W, from += G * M * W) {  // G block rows make W columns
             V v[G];
             unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * (M * W))); });
@@ -175,12 +188,6 @@ INLINE void spmm_row_direct(const SpmmArgs& a, int64_t r, const float* part, int
         const float* w = a.packed + p0 * (B * B) + piece * B;
         const float* bias = a.bias ? a.bias + r * B + piece : nullptr;
         float* to = y + r * B + piece;
-        // The next lines of y, asked for while this tile is computed: a store that misses would hold up the rest.
-        if (r + 1 < a.out_blocks || piece + PW < B) {
-            for (int64_t t = 0; t < live && t < m; ++t) {
-                for (int l = 0; l < PW; l += 16) __builtin_prefetch(to + t * out + PW + l, 1);
-            }
-        }
         if (live >= m) {
             spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, to, out);
         } else {
@@ -194,9 +201,9 @@ template <int B>
 void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
     using S = Shape<B>;
     constexpr int G = S::G, M = S::M;
-    constexpr int64_t kStageRows = S::kStageRows;
     const int64_t tile = spmm_tile<B>(a.in_blocks), stride = panel_stride<B>(tile);
     const int64_t in = a.in_blocks * B, out = a.out_blocks * B;
+    const int64_t step = writes_directly<B>(out) ? 1 : S::kStageRows;  // block rows written together
     float* stage = scratch;
     float* panel = scratch + S::kStageFloats;
     for (; t0 < t1; t0 += tile) {
@@ -204,23 +211,28 @@ void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
         const int64_t groups = round_up((n_tokens + G - 1) / G, S::Q);
         pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
         float* y = a.y + t0 * out;
-        for (int64_t r0 = 0; r0 < a.out_blocks; r0 += kStageRows) {
-            const int64_t r1 = min64(r0 + kStageRows, a.out_blocks);
+        for (int64_t r0 = 0; r0 < a.out_blocks; r0 += step) {
+            const int64_t r1 = min64(r0 + step, a.out_blocks);
             for (int64_t m0 = 0; m0 < groups; m0 += M) {
                 const int64_t m = min64(M, groups - m0);
                 const float* part = panel + m0 * (B * G);
                 const int64_t live = n_tokens - m0 * G;
                 float* to = y + m0 * G * out;
                 if constexpr (G == 1) {
-                    spmm_row_direct<B>(a, r0, part, stride, m, live, to, stage);
-                } else {
-                    for (int64_t r = r0; r < r1; ++r) {
-                        const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
-                        spmm_groups<B>(m, part, stride, a.packed + p0 * (B * B), a.idx + p0, n,
-                                       a.bias ? a.bias + r * B : nullptr, stage + (r - r0) * (M * W), W);
+                    if (step == 1) {
+                        spmm_row_direct<B>(a, r0, part, stride, m, live, to, stage);
+                        continue;
                     }
-                    unpack_stage<B>(stage, m, live, to + r0 * B, out, (r1 - r0) * B);
                 }
+                for (int64_t r = r0; r < r1; ++r) {
+                    const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
+                    for (int piece = 0; piece < B; piece += S::PW) {
+                        spmm_groups<B>(m, part, stride, a.packed + p0 * (B * B) + piece * B, a.idx + p0, n,
+                                       a.bias ? a.bias + r * B + piece : nullptr,
+                                       stage + (r - r0) * (M * B * G) + piece, B * G);
+                    }
+                }
+                unpack_stage<B>(stage, m, live, to + r0 * B, out, (r1 - r0) * B);
             }
         }
     }

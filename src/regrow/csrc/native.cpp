@@ -17,6 +17,10 @@
 #include <omp.h>
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "table.h"
 
 namespace nb = nanobind;
@@ -116,7 +120,7 @@ int64_t check_width(int64_t width, const char* name, int64_t b) {
 // ---- scratch and threads ----------------------------------------------------------------------
 
 // Memory kept by a calling thread between calls. It only grows, up to what its largest call needed: a copy
-// of the weight's blocks (spmm) or one per thread (sddmm), and the panels of one tile per thread.
+// of the weight's blocks (spmm) or one per thread (sddmm), and the panels of one tile per thread, rounded up to 2 MB.
 class Scratch {
   public:
     ~Scratch() { std::free(data_); }
@@ -125,15 +129,20 @@ class Scratch {
             std::free(data_);
             data_ = nullptr;
             size_ = 0;
-            const size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
-            data_ = static_cast<float*>(std::aligned_alloc(4096, bytes));
+            const size_t bytes = (floats * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
+            data_ = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
             if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+            // A tile is read block by block, in no order: with small pages it outgrows the first-level TLB.
+            madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
             size_ = bytes / sizeof(float);
         }
         return data_;
     }
 
   private:
+    static constexpr size_t kHugePage = 2 << 20;
     float* data_ = nullptr;
     size_t size_ = 0;
 };

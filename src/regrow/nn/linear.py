@@ -106,9 +106,7 @@ class BlockSparseLinear(nn.Module):
     def load_dense_(self, weight: Tensor) -> None:
         """Copy the existing blocks out of a dense ``[out_features, in_features]`` weight; the rest is ignored."""
         if weight.shape != (self.out_features, self.in_features):
-            raise RegrowError(
-                f"weight must be [{self.out_features}, {self.in_features}], got {list(weight.shape)}"
-            )
+            raise RegrowError(f"weight must be [{self.out_features}, {self.in_features}], got {list(weight.shape)}")
         b, (rows, cols) = self.block_size, self.topology.coordinates()
         grid = weight.view(self.topology.n_block_rows, b, self.topology.n_block_cols, b)
         self.values.copy_(grid[rows, :, cols])

@@ -74,8 +74,7 @@ def sparsify(
         raise RegrowError(f"no nn.Linear matches include={include!r}, exclude={exclude!r}; nothing to sparsify")
     _refuse_shared(model, chosen)
     shapes = {
-        name: (layer.out_features // block_size, layer.in_features // block_size)
-        for name, layer in chosen.items()
+        name: (layer.out_features // block_size, layer.in_features // block_size) for name, layer in chosen.items()
     }
     densities = layer_densities(shapes, density, distribution)
     generator = torch.Generator().manual_seed(seed)
@@ -125,9 +124,7 @@ def _as_globs(globs: Globs) -> Sequence[str]:
     return (globs,) if isinstance(globs, str) else globs
 
 
-def _divisible(
-    layers: dict[str, nn.Linear], block_size: int, on_mismatch: str
-) -> dict[str, nn.Linear]:
+def _divisible(layers: dict[str, nn.Linear], block_size: int, on_mismatch: str) -> dict[str, nn.Linear]:
     if on_mismatch not in ("error", "skip"):
         raise RegrowError(f"on_mismatch must be 'error' or 'skip', got {on_mismatch!r}")
     fitting, skipped = {}, []
@@ -157,9 +154,7 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
             raise RegrowError(f"{name}: its weight is tied to another module; leave it dense with exclude={name!r}")
 
 
-def _replacement(
-    dense: nn.Linear, block_size: int, density: float, generator: torch.Generator
-) -> BlockSparseLinear:
+def _replacement(dense: nn.Linear, block_size: int, density: float, generator: torch.Generator) -> BlockSparseLinear:
     sparse = BlockSparseLinear(
         dense.in_features,
         dense.out_features,

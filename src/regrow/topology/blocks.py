@@ -198,7 +198,7 @@ class BlockTopology(nn.Module):
             loaded = state_dict.get(prefix + name)
             if loaded is not None and loaded.is_floating_point():
                 raise RegrowError(f"{prefix}{name} must hold integers, got {loaded.dtype}")
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if all(prefix + name in state_dict for name in _SAVED) and not self.slot.is_meta:
             try:
                 self.validate()

@@ -75,9 +75,7 @@ class RegrowCallback(TrainerCallback):
             if self.on_update is not None:
                 self.on_update(records)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _checkpoint_folder(args, state)
         if args.should_save and not (folder / TOPOLOGY_FILE).exists():
             self.save_state(folder)

@@ -34,7 +34,7 @@ class RegrowConfig(QuantizationConfigMixin):
             raise RegrowError(f"config.json: unknown entry {sorted(unknown)[0]!r} in quantization_config")
         if not isinstance(layers, dict) or not all(_is_layer_entry(entry) for entry in layers.values()):
             raise RegrowError("config.json: quantization_config.layers must map names to block_size and n_blocks")
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.layers = layers
 

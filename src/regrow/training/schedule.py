@@ -20,7 +20,7 @@ class UpdateSchedule:
 
     .. math:: pr(t) = pr \cdot \tfrac12 (1 + \cos(\pi t / T))
 
-    of the blocks of every tensor (``decay="cosine"``; ``"linear"`` falls to 0 in a straight line, ``"constant"`` stays).
+    of the blocks of every tensor (``decay="cosine"``; ``"linear"`` falls straight to 0, ``"constant"`` stays).
 
     Args:
         total_steps: optimizer steps ``T``.

@@ -1,0 +1,58 @@
+"""A training step of a sparse layer never holds anything of a dense weight's size."""
+
+import subprocess
+import sys
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from regrow import BlockSparseLinear
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+def test_no_tensor_of_in_x_out_elements_in_a_traced_step() -> None:
+    layer = BlockSparseLinear(1024, 1024, block_size=16, density=0.1)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    x = torch.randn(64, 1024, requires_grad=True)
+    with LargestTensor() as largest:
+        for _ in range(2):
+            layer(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert layer.values.numel() <= largest.elements < 1024 * 1024 / 2
+
+
+STEP = """
+import resource, torch
+from regrow import BlockSparseLinear
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def train(layer, n):
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    for _ in range(3):
+        layer(torch.randn(64, n)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+train(BlockSparseLinear(256, 256, block_size=16, density=0.1), 256)  # whatever the libraries take once
+before = peak()
+train(BlockSparseLinear(8192, 8192, block_size=16, density=0.1), 8192)
+print(peak() - before)
+"""
+
+
+def test_peak_memory_of_the_process_is_far_below_dense() -> None:
+    """Blocks, gradient and two moments are 0.4 of a dense weight; packed copies and activations come on top."""
+    run = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True, timeout=300)
+    dense_weight = 8192 * 8192 * 4
+    assert 0.3 * dense_weight < int(run.stdout) < 0.9 * dense_weight
