@@ -106,11 +106,7 @@ template <int B, int Mm>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
                        const float* bias, float* out, int64_t out_stride) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
-    V acc[Mm][NV];
-    unroll<NV>([&](auto v) LAMBDA {
-        const V start = bias ? expand<G>(bias + v * W) : V{};
-        unroll<Mm>([&](auto m) LAMBDA { acc[m][v] = start; });
-    });
+    V acc[Mm][NV] = {};
     for (int64_t p = 0; p < n; ++p, w += B * B) {
         const float* xp = panel + idx[p] * stride;
         const float* wp = w;
@@ -124,8 +120,10 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
             });
         }
     }
-    unroll<Mm>([&](auto m) LAMBDA {
-        unroll<NV>([&](auto v) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v]); });
+    // The bias comes last: a sum that starts at a large bias rounds every small product to the bias's precision.
+    unroll<NV>([&](auto v) LAMBDA {
+        const V end = bias ? expand<G>(bias + v * W) : V{};
+        unroll<Mm>([&](auto m) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v] + end); });
     });
 }
 
