@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", choices=list(COMMANDS), help="; ".join(_summaries()))
     parser.epilog = "Each command teaches its options: regrow COMMAND --help"
-    arguments, _ = parser.parse_known_args(argv[:1])
+    arguments = parser.parse_args(argv[:1])
     if arguments.version:
         from regrow import __version__
 
@@ -73,7 +73,8 @@ def methods(argv: Sequence[str]) -> int:
         summary = (cls.__doc__ or "").strip().splitlines()[0]
         print(f"{name:12} {kind:18} {summary}")
         for field in fields(cls):  # type: ignore[arg-type]
-            print(f"    --{field.name} (default {field.default})  {field.metadata.get('help', '')}")
+            flag = "--" + field.name.replace("_", "-")
+            print(f"    {flag} (default {field.default})  {field.metadata.get('help', '')}")
     return 0
 
 
@@ -144,6 +145,7 @@ def _pretrain_parser(config_class: type, method_class: type) -> Any:
     parser = parser_class(
         config_class,
         prog="regrow pretrain",
+        usage="regrow pretrain [--FLAG VALUE ...]",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Pre-train a BERT (masked words and next sentences) whose encoder is always sparse. Every flag can "
