@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    from regrow.allocator import keep_freed_memory
     from regrow.errors import RegrowError
 
+    keep_freed_memory()
     try:
         return COMMANDS[arguments.command](argv[1:])
     except RegrowError as error:
@@ -78,7 +80,101 @@ def methods(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain, "methods": methods}
+def bench(argv: Sequence[str]) -> int:
+    """measure sparse against dense on this machine"""
+    from regrow.bench.kernels import SHAPES, bench_kernels, table, write_json
+
+    parser = _OneLineParser(
+        prog="regrow bench",
+        description="Time forward + backward of BlockSparseLinear against torch.nn.Linear, both through autograd, in "
+        "one process, taking turns; medians.",
+        epilog="example: regrow bench kernels --blocks 4,16 --densities 0.1,0.05 --json speed.json",
+    )
+    default = ",".join(f"{i}x{o}" for i, o in SHAPES)
+    parser.add_argument("what", choices=["kernels"], help="kernels: one layer at a time")
+    parser.add_argument("--shapes", type=_list_of(_shape), default=default, help="IN x OUT, as 512x2048,768x768")
+    parser.add_argument("--blocks", type=_list_of(int), default="1,4,8,16,32", help="block sizes")
+    parser.add_argument("--densities", type=_list_of(float), default="0.1", help="shares of blocks that exist")
+    parser.add_argument("--tokens", type=_list_of(int), default="4096", help="rows of the input")
+    parser.add_argument("--rounds", type=int, default=7, help="medians are taken over so many rounds")
+    parser.add_argument("--quick", action="store_true", help="two shapes, three rounds: under 40 seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine to a file")
+    asked = parser.parse_args(argv)
+    shapes, rounds = (asked.shapes[1:3], 3) if asked.quick else (asked.shapes, asked.rounds)
+    rows = bench_kernels(
+        shapes=shapes,
+        blocks=asked.blocks,
+        densities=asked.densities,
+        tokens=asked.tokens,
+        rounds=rounds,
+        progress=True,
+    )
+    print(table(rows))
+    if asked.json is not None:
+        write_json(rows, asked.json)
+    return 0
+
+
+def advise(argv: Sequence[str]) -> int:
+    """say which block sizes and densities pay off here"""
+    from regrow.bench.advise import advise as measure
+    from regrow.bench.advise import table
+
+    parser = _OneLineParser(
+        prog="regrow advise",
+        description="For each layer shape and block size: the sparsity beyond which sparse training beats dense on "
+        "this machine, and the expected speed-up of a training step. Measured once, then remembered.",
+        epilog="example: regrow advise small    or: regrow advise 512x2048,2048x512 --blocks 16",
+    )
+    parser.add_argument("target", metavar="WHAT", help="tiny ... large, shapes as 512x2048, or a model directory")
+    parser.add_argument("--blocks", type=_list_of(int), default="1,4,8,16,32", help="block sizes")
+    parser.add_argument("--tokens", type=int, default=4096, help="rows of the input")
+    asked = parser.parse_args(argv)
+    print(table(measure(_shapes_of(asked.target), blocks=asked.blocks, tokens=asked.tokens, progress=True)))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain": pretrain,
+    "bench": bench,
+    "advise": advise,
+    "methods": methods,
+}
+
+
+def _shapes_of(target: str) -> list[tuple[int, int]]:
+    """Encoder layer shapes of a size, a model directory, or a list."""
+    from regrow.bert.sizes import SIZES
+    from regrow.errors import RegrowError
+
+    if target in SIZES:
+        hidden, inner = SIZES[target].hidden, 4 * SIZES[target].hidden
+    elif (Path(target) / "config.json").is_file():
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(target)
+        hidden, inner = config.hidden_size, config.intermediate_size
+    else:
+        try:
+            return _list_of(_shape)(target)
+        except ValueError:
+            raise RegrowError(
+                f"{target!r} is no size ({', '.join(SIZES)}), no model directory, and no list of shapes as 512x2048"
+            ) from None
+    return [(hidden, hidden), (hidden, inner), (inner, hidden)]
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = "comma-separated list"  # argparse names the type in its errors
+    return parse
+
+
+def _shape(text: str) -> tuple[int, int]:
+    in_features, out_features = text.lower().split("x")
+    return int(in_features), int(out_features)
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -160,7 +160,7 @@ def test_interrupted_preparation_leaves_no_cache(splits, corpus, tokenizer, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_split", killed)
-        patch.setattr("regrow.bert.cache.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("regrow.cache.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(SystemExit):
             prepare_splits(corpus, tokenizer, **options)
     assert len(list(tmp_path.iterdir())) == 1

@@ -92,6 +92,10 @@ def test_a_run_learns_rewires_and_reports(finished: PretrainResult) -> None:
     lines = metrics_without_clock(finished.path)
     assert [line["step"] for line in lines if "eval_mlm_loss" in line] == [0, 10, 20, 24]
     assert [line["step"] for line in lines if "mlm_loss" in line] == [5, 10, 15, 20]
+    means = {line["step"]: line["update_churn"] for line in lines if "update_churn" in line}
+    for step, mean in means.items():
+        assert mean == pytest.approx(np.mean([u["churn"] for u in updates if u["step"] == step]))
+    assert set(means) == {4, 8, 12, 16, 20}
     assert yaml.safe_load((finished.path / "regrow.yaml").read_text())["norm"] == "l1"
 
 

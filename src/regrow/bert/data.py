@@ -21,12 +21,12 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from regrow.bert.cache import cache_root, written_aside
 from regrow.bert.corpus import corpus_fingerprint, read_documents
 from regrow.bert.masking import WholeWordMasker
 from regrow.bert.pairs import Sentences, StoredDocuments, pairs_from_document
 from regrow.bert.stream import PairDataset
 from regrow.bert.tokenizer import encode_documents, tokenizer_fingerprint
+from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
 
 _FORMAT_VERSION = 1

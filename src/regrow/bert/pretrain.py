@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from regrow.bert.cache import cache_root, written_aside
 from regrow.bert.corpus import corpus_fingerprint, read_documents
 from regrow.bert.data import prepare_splits
 from regrow.bert.masking import WholeWordMasker
@@ -24,6 +23,7 @@ from regrow.bert.sizes import bert_config, size_named
 from regrow.bert.stream import PairDataset
 from regrow.bert.tokenizer import load_tokenizer, train_wordpiece
 from regrow.bert.trainer import PretrainingTrainer, ProgressBar
+from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
 from regrow.methods import Method
 from regrow.nn.linear import check_block_size
@@ -66,7 +66,7 @@ class PretrainConfig:
     max_grad_norm: float = _option(1.0, "clip the global gradient norm; 0 is off")
     dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
     n_updates: int | None = _option(
-        None, "segments between topology updates (the paper's n); by default one in 10 steps, at most 160"
+        None, "segments between topology updates (the paper's n); by default one in 50 steps, at most 160"
     )
     drop_fraction: float = _option(0.5, "share of blocks the first update moves (the paper's pr)")
     decay: Literal["cosine", "linear", "constant"] = _option("cosine", "how that share falls to 0 over training")
@@ -86,7 +86,7 @@ class PretrainConfig:
     @property
     def updates(self) -> int:
         """Number of segments between topology updates."""
-        return self.n_updates if self.n_updates is not None else max(1, min(160, self.steps // 10))
+        return self.n_updates if self.n_updates is not None else max(1, min(160, self.steps // 50))
 
     @property
     def peak_lr(self) -> float:

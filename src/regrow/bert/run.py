@@ -22,6 +22,7 @@ import yaml
 
 from regrow.errors import RegrowError
 from regrow.training import UpdateRecord
+from regrow.training.metrics import mean_record
 
 CONFIG_FILE, METRICS_FILE, TOPOLOGY_LOG = "regrow.yaml", "metrics.jsonl", "topology.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -101,8 +102,10 @@ class RunDirectory:
         self._append(METRICS_FILE, [metrics])
 
     def log_updates(self, records: list[UpdateRecord]) -> None:
-        """Append a line per record to ``topology.jsonl``."""
+        """A line per record to ``topology.jsonl``, and their means to ``metrics.jsonl``."""
         self._append(TOPOLOGY_LOG, [asdict(record) for record in records])
+        means = {f"update_{name}": value for name, value in mean_record(records).items()}
+        self.log_metrics({"step": records[0].step, **means})
 
     def _append(self, name: str, entries: list[Any]) -> None:
         with (self.path / name).open("a") as file:

@@ -14,6 +14,7 @@ from torch import nn
 from regrow.errors import RegrowError
 from regrow.nn.layout import record_layout
 from regrow.nn.linear import BlockSparseLinear, check_block_size
+from regrow.nn.speed import known_speeds
 from regrow.topology import layer_densities
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,6 +38,7 @@ def sparsify(
     distribution: str = "uniform",
     init: Literal["truncated_normal", "keep"] = "truncated_normal",
     on_mismatch: Literal["error", "skip"] = "error",
+    on_slow: Literal["ignore", "warn"] = "ignore",
     seed: int = 0,
 ) -> Model:
     """Replace the chosen ``nn.Linear`` modules by :class:`BlockSparseLinear`, in place.
@@ -50,6 +52,7 @@ def sparsify(
         init: ``"truncated_normal"`` draws new values as the paper does; ``"keep"`` copies the dense weight's
             values at the chosen blocks. The bias is kept with ``"keep"``, zeroed otherwise.
         on_mismatch: a layer that the block does not divide is an error, or is left dense with one warning.
+        on_slow: ``"warn"`` names the layers that ``regrow advise`` measured to be slower than dense here.
         seed: of patterns and values; the global random state is not touched.
 
     A model laid out on the meta device gets real sparse layers on the CPU, so it need never have been dense.
@@ -68,6 +71,8 @@ def sparsify(
     """
     if init not in ("truncated_normal", "keep"):
         raise RegrowError(f"init must be 'truncated_normal' or 'keep', got {init!r}")
+    if on_slow not in ("ignore", "warn"):
+        raise RegrowError(f"on_slow must be 'ignore' or 'warn', got {on_slow!r}")
     chosen = _chosen_layers(model, include, exclude)
     chosen = _divisible(chosen, block_size, on_mismatch)
     if not chosen:
@@ -77,6 +82,8 @@ def sparsify(
         name: (layer.out_features // block_size, layer.in_features // block_size) for name, layer in chosen.items()
     }
     densities = layer_densities(shapes, density, distribution)
+    if on_slow == "warn":
+        _warn_of_slow(chosen, block_size, densities)
     generator = torch.Generator().manual_seed(seed)
     for name, dense in chosen.items():
         sparse = _replacement(dense, block_size, densities[name], generator)
@@ -140,6 +147,22 @@ def _divisible(layers: dict[str, nn.Linear], block_size: int, on_mismatch: str) 
     if skipped:
         warnings.warn(f"left dense, block_size {block_size} does not divide: {', '.join(skipped)}", stacklevel=3)
     return fitting
+
+
+def _warn_of_slow(layers: dict[str, nn.Linear], block_size: int, densities: dict[str, float]) -> None:
+    speeds = {(s.in_features, s.out_features): s for s in known_speeds() if s.block_size == block_size}
+    unknown, slow = [], []
+    for name, layer in layers.items():
+        speed = speeds.get((layer.in_features, layer.out_features))
+        if speed is None:
+            unknown.append(f"{layer.in_features}x{layer.out_features}")
+        elif speed.speedup(densities[name]) < 1.0:
+            slow.append(f"{name} ({speed.speedup(densities[name]):.2f}x)")
+    if slow:
+        warnings.warn(f"slower than dense on this machine at block_size {block_size}: {', '.join(slow)}", stacklevel=3)
+    if unknown:
+        shapes = ",".join(dict.fromkeys(unknown))
+        warnings.warn(f"speed not known yet; measure with: regrow advise {shapes} --blocks {block_size}", stacklevel=3)
 
 
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:

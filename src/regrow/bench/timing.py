@@ -1,0 +1,36 @@
+"""Timing that survives a shared machine: candidates take turns, and medians are compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+
+Task = Callable[[], object]
+
+
+def interleaved_medians(
+    tasks: Mapping[str, Task],
+    *,
+    rounds: int,
+    warm_up: int = 2,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, float]:
+    """Median seconds of each task over ``rounds``; in every round each runs once, in turn.
+
+    A machine whose speed drifts then slows all of them alike, and ratios of the medians hold.
+
+    Example:
+        >>> calls = []
+        >>> medians = interleaved_medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+        >>> "".join(calls), sorted(medians)
+        ('abababab', ['a', 'b'])
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in progress(range(warm_up + rounds)):
+        for name, task in tasks.items():
+            started = time.perf_counter()
+            task()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: median(times) for name, times in seconds.items()}
