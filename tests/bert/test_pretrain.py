@@ -377,7 +377,8 @@ def test_truncated_checkpoints_are_named(
     before = (run / "model.safetensors").read_bytes()
     assert main(["pretrain", "--output", str(run), "--resume"]) == 2
     error = one_line_error(capsys)
-    assert name in error and damage in error and "resume from an older" in error
+    assert f"{name} is damaged" in error and f"delete {victim.parent} to resume from an older" in error
+    assert ("(missing)" in error) == (damage == "missing")
     assert (run / "model.safetensors").read_bytes() == before
 
 

@@ -21,12 +21,14 @@ struct Shape {
     static constexpr int G = B < W ? W / B : 1;            // tokens in a vector
     static constexpr int NV = B >= 2 * W ? 2 : 1;          // output vectors of the register tile
     static constexpr int PW = B < W ? B : NV * W;          // outputs of the register tile (a piece)
-    static constexpr int M = B == 1 ? 8 : kAccumulators / NV;  // token groups of the register tile
+    // Token groups of the register tile. Where a vector holds many tokens, 64 tokens in all: a smaller panel is
+    // read faster than more accumulators gain.
+    static constexpr int M = G > 1 && 64 / G < kAccumulators ? 64 / G : kAccumulators / NV;
     static constexpr int Q = M % 3 == 0 ? M / 3 : M / 2;   // granularity of the last register tile
     static constexpr int64_t kMicroTokens = M * G;
-    // Outputs of small blocks are collected for 256 columns before they are written (see writes_directly).
-    static constexpr int64_t kStageRows = B < 2 * W ? (256 + B - 1) / B : 1;
-    static constexpr int64_t kStageFloats = kStageRows * M * B * G;
+    // Block rows whose outputs are written together. One register tile of a single vector of outputs writes one
+    // line in each row of y; a neighbouring block row writes the line beside it, while its page is at hand.
+    static constexpr int64_t kRows = NV == 2 ? 1 : 8;
 };
 
 // The panel of a tile of at most `tokens` tokens: at most half a megabyte, so that it stays in L2.
@@ -42,13 +44,14 @@ int64_t panel_floats(int64_t tokens, int64_t feature_blocks) {
 }
 template <int B>
 int64_t spmm_tile(int64_t in_blocks) {
+    if (Shape<B>::G > 1) return Shape<B>::kMicroTokens;
     int64_t tiles = kPanelFloats / max64(1, in_blocks * B * Shape<B>::kMicroTokens);
     return Shape<B>::kMicroTokens * max64(1, min64(4, tiles));
 }
 template <int B>
 int64_t sddmm_tile(int64_t rows, int64_t cols) {
-    int64_t tokens = 2 * kPanelFloats / max64(1, (rows + cols) * B);
-    return round_up(max64(64, min64(128, tokens)), 32);
+    int64_t tokens = kPanelFloats * 5 / 4 / max64(1, (rows + cols) * B);  // both panels, and blocks beside them in L2
+    return max64(64, min64(128, tokens / 32 * 32));
 }
 
 // Copies up to n floats, the rest zero.
@@ -100,8 +103,9 @@ void pack_panel(const float* x, int64_t blocks, int64_t n_tokens, int64_t groups
     }
 }
 
-// One register tile: Mm token groups by PW outputs of one block row, over all its blocks, added to the bias.
-//   out[m] (lanes (output, token)) += sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
+// One register tile: Mm token groups by PW outputs of one block row, over `n` of its blocks.
+//   out[m] (lanes (output, token)) = bias + sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
+// The bias comes last: a sum that starts at a large bias rounds every small product to the bias's precision.
 template <int B, int Mm>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
                        const float* bias, float* out, int64_t out_stride) {
@@ -120,9 +124,8 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
             });
         }
     }
-    // The bias comes last: a sum that starts at a large bias rounds every small product to the bias's precision.
     unroll<NV>([&](auto v) LAMBDA {
-        const V end = bias ? expand<G>(bias + v * W) : V{};
+        const V end = bias ? load_any(bias + v * W) : V{};
         unroll<Mm>([&](auto m) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v] + end); });
     });
 }
@@ -139,47 +142,12 @@ INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, cons
     spmm_micro<B, Mm>(panel, stride, w, idx, n, bias, out, out_stride);
 }
 
-// A register tile that holds plain vectors of outputs can be stored straight into y. But when every row of y is
-// a page of its own, a store per row and tile overruns the first-level TLB (16 entries for stores on recent
-// Intel cores), and collecting longer runs first is the faster way, unless the tile has few rows (NV == 2).
-template <int B>
-INLINE bool writes_directly(int64_t out) {
-    return Shape<B>::G == 1 && (Shape<B>::NV == 2 || out <= 1024);
-}
+// ---- large blocks: vectors of outputs, straight into y ------------------------------------------
 
-// stage [block rows][M groups][B * G] (lanes (output, token) within a vector) -> `columns` columns of y.
+// One block row, for the m <= M tokens at `part`; `live` of them exist.
 template <int B>
-void unpack_stage(const float* stage, int64_t groups, int64_t n_tokens, float* y, int64_t width, int64_t columns) {
-    constexpr int G = Shape<B>::G, M = Shape<B>::M;
-    for (int64_t group = 0; group * G < n_tokens && group < groups; ++group) {
-        const int64_t live = n_tokens - group * G;
-        const float* from = stage + group * (B * G);
-        float* to = y + group * G * width;
-        if constexpr (G == 1) {
-            for (int64_t f = 0; f < columns; f += B, from += M * B) {
-                unroll<B / W>([&](auto v) LAMBDA { store_any(to + f + v * W, load(from + v * W)); });
-            }
-            continue;
-        }
-        for (int64_t f = 0; f < columns; f += W, from += G * M * W) {  // G block rows make W columns
-            V v[G];
-            unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * (M * W))); });
-            transpose<G>(v);
-            if (live >= G && f + W <= columns) {
-                unroll<G>([&](auto t) LAMBDA { store_any(to + t * width + f, v[t]); });
-            } else {
-                unroll<G>([&](auto t) LAMBDA {
-                    if (t < live) store_part(to + t * width + f, v[t], columns - f);
-                });
-            }
-        }
-    }
-}
-
-// One block row, for the m <= M token groups at `part`; `live` of them exist. G == 1: straight into y.
-template <int B>
-INLINE void spmm_row_direct(const SpmmArgs& a, int64_t r, const float* part, int64_t stride, int64_t m, int64_t live,
-                            float* y, float* spare) {
+INLINE void spmm_row(const SpmmArgs& a, int64_t r, const float* part, int64_t stride, int64_t m, int64_t live, float* y,
+                     float* spare) {
     constexpr int PW = Shape<B>::PW;
     const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0, out = a.out_blocks * B;
     for (int piece = 0; piece < B; piece += PW) {
@@ -196,43 +164,83 @@ INLINE void spmm_row_direct(const SpmmArgs& a, int64_t r, const float* part, int
 }
 
 template <int B>
-void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
-    using S = Shape<B>;
-    constexpr int G = S::G, M = S::M;
+void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* panel) {
+    constexpr int M = Shape<B>::M;
     const int64_t tile = spmm_tile<B>(a.in_blocks), stride = panel_stride<B>(tile);
     const int64_t in = a.in_blocks * B, out = a.out_blocks * B;
-    const int64_t step = writes_directly<B>(out) ? 1 : S::kStageRows;  // block rows written together
-    float* stage = scratch;
-    float* panel = scratch + S::kStageFloats;
     for (; t0 < t1; t0 += tile) {
-        const int64_t n_tokens = min64(tile, t1 - t0);
-        const int64_t groups = round_up((n_tokens + G - 1) / G, S::Q);
+        const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up(n_tokens, Shape<B>::Q);
         pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
-        float* y = a.y + t0 * out;
-        for (int64_t r0 = 0; r0 < a.out_blocks; r0 += step) {
-            const int64_t r1 = min64(r0 + step, a.out_blocks);
+        for (int64_t r0 = 0; r0 < a.out_blocks; r0 += Shape<B>::kRows) {
+            const int64_t r1 = min64(r0 + Shape<B>::kRows, a.out_blocks);
             for (int64_t m0 = 0; m0 < groups; m0 += M) {
-                const int64_t m = min64(M, groups - m0);
-                const float* part = panel + m0 * (B * G);
-                const int64_t live = n_tokens - m0 * G;
-                float* to = y + m0 * G * out;
-                if constexpr (G == 1) {
-                    if (step == 1) {
-                        spmm_row_direct<B>(a, r0, part, stride, m, live, to, stage);
-                        continue;
-                    }
-                }
                 for (int64_t r = r0; r < r1; ++r) {
-                    const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
-                    for (int piece = 0; piece < B; piece += S::PW) {
-                        spmm_groups<B>(m, part, stride, a.packed + p0 * (B * B) + piece * B, a.idx + p0, n,
-                                       a.bias ? a.bias + r * B + piece : nullptr,
-                                       stage + (r - r0) * (M * B * G) + piece, B * G);
-                    }
+                    spmm_row<B>(a, r, panel + m0 * B, stride, min64(M, groups - m0), n_tokens - m0,
+                                a.y + (t0 + m0) * out, spare);
                 }
-                unpack_stage<B>(stage, m, live, to + r0 * B, out, (r1 - r0) * B);
             }
         }
+    }
+}
+
+// ---- small blocks: vectors of several tokens, collected and put in order at the end of a tile ----
+
+// sums [block rows][M groups][B * G] (lanes (output, token) within a vector) -> y, with the bias.
+template <int B>
+void unpack(const SpmmArgs& a, const float* sums, int64_t n_tokens, float* y) {
+    constexpr int G = Shape<B>::G, M = Shape<B>::M;
+    const int64_t out = a.out_blocks * B;
+    for (int64_t group = 0; group * G < n_tokens; ++group) {
+        const int64_t live = n_tokens - group * G;
+        const float* from = sums + group * (B * G);
+        float* to = y + group * G * out;
+        for (int64_t f = 0; f < out; f += W, from += G * M * W) {  // G block rows make W columns
+            V v[G];
+            unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * (M * W))); });
+            transpose<G>(v);
+            const V bias = a.bias ? load_part(a.bias + f, out - f) : V{};
+            if (live >= G && f + W <= out) {
+                unroll<G>([&](auto t) LAMBDA { store_any(to + t * out + f, v[t] + bias); });
+            } else {
+                unroll<G>([&](auto t) LAMBDA {
+                    if (t < live) store_part(to + t * out + f, v[t] + bias, out - f);
+                });
+            }
+        }
+    }
+}
+
+template <int B>
+void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* panel) {
+    constexpr int G = Shape<B>::G, M = Shape<B>::M;
+    constexpr int64_t tile = Shape<B>::kMicroTokens;
+    const int64_t stride = panel_stride<B>(tile), in = a.in_blocks * B, out = a.out_blocks * B;
+    for (; t0 < t1; t0 += tile) {
+        const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up((n_tokens + G - 1) / G, Shape<B>::Q);
+        pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
+        for (int64_t r = 0; r < a.out_blocks; ++r) {
+            const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
+            spmm_groups<B>(groups, panel, stride, a.packed + p0 * (B * B), a.idx + p0, n, nullptr,
+                           sums + r * (M * B * G), B * G);
+        }
+        unpack<B>(a, sums, n_tokens, a.y + t0 * out);
+    }
+}
+
+// Floats of the outputs of a tile that wait to be written.
+template <int B>
+int64_t waiting_floats(int64_t out_blocks) {
+    constexpr int G = Shape<B>::G;
+    return (G > 1 ? round_up(out_blocks, G) : 1) * Shape<B>::M * B * G;
+}
+
+template <int B>
+void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
+    float* panel = scratch + round_up(waiting_floats<B>(a.out_blocks), 16);
+    if constexpr (Shape<B>::G == 1) {
+        spmm_large<B>(a, t0, t1, scratch, panel);
+    } else {
+        spmm_small<B>(a, t0, t1, scratch, panel);
     }
 }
 
@@ -374,10 +382,9 @@ INLINE auto with_block(int block, F&& f) {
     }
 }
 
-size_t spmm_scratch_any(int block, int64_t in_blocks, int64_t) {
+size_t spmm_scratch_any(int block, int64_t in_blocks, int64_t out_blocks) {
     return with_block(block, [&](auto b) -> size_t {
-        using S = Shape<b>;
-        return S::kStageFloats + panel_floats<b>(spmm_tile<b>(in_blocks), in_blocks);
+        return round_up(waiting_floats<b>(out_blocks), 16) + panel_floats<b>(spmm_tile<b>(in_blocks), in_blocks);
     });
 }
 size_t sddmm_scratch_any(int block, int64_t rows, int64_t cols) {

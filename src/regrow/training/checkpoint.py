@@ -119,8 +119,8 @@ def load_json(path: Path) -> dict[str, Any]:
 def damaged(path: Path, why: object) -> RegrowError:
     """The error for a checkpoint file that is missing, truncated or not what it should be."""
     if isinstance(why, FileNotFoundError):
-        return RegrowError(f"{path} is missing: the checkpoint is incomplete; resume from an older one")
-    return RegrowError(f"{path} is truncated or damaged ({why}); resume from an older checkpoint")
+        why = "missing"
+    return RegrowError(f"{path} is damaged ({why}); delete {path.parent} to resume from an older checkpoint")
 
 
 def sync_folder(folder: Path) -> None:
