@@ -26,20 +26,25 @@ def arguments(op: str, b: int, dtype: torch.dtype = torch.float32, n: int = 6, g
     return {
         "spmm": (x, values, bias, *P.index),
         "spmm_t": (g, values, *P.index),
-        "sddmm": (g, x, *P.index, b),
+        "sddmm": (g, x, *P.index, b, False),
+        "sddmm_with_sum": (g, x, *P.index, b, True),
     }[op]
 
 
+def operator(op: str) -> torch._ops.OpOverloadPacket:
+    return getattr(torch.ops.regrow, op.removesuffix("_with_sum"))
+
+
 @pytest.mark.parametrize("b", [1, 3, 4, 16])
-@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])
+@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm", "sddmm_with_sum"])
 def test_opcheck(op: str, b: int) -> None:
-    torch.library.opcheck(getattr(torch.ops.regrow, op).default, arguments(op, b))
+    torch.library.opcheck(operator(op).default, arguments(op, b))
 
 
-@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm"])
+@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm", "sddmm_with_sum"])
 def test_gradcheck(op: str) -> None:
     args = arguments(op, 2, torch.float64, n=3)
-    function = getattr(torch.ops.regrow, op)
+    function = operator(op)
     assert torch.autograd.gradcheck(function, args)
     assert torch.autograd.gradgradcheck(function, args)
 
@@ -118,7 +123,7 @@ def test_slot_named_twice() -> None:
     args = list(arguments("sddmm", 4, grad=False))
     args[4] = torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32)
     with pytest.raises(RegrowError, match="slot"):
-        sddmm(*args)
+        sddmm(*args[:-1])
 
 
 def test_bad_tensors_are_named() -> None:

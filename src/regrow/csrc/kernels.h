@@ -336,8 +336,24 @@ INLINE void sddmm_blocks_of_row(int64_t n, const float* g, const float* x, int64
     sddmm_micro<B, Nb>(g, x, x_stride, idx, groups, acc);
 }
 
+// sum[f] += g[t][f] over n_tokens rows: the gradient of the bias, while packing has just brought g to the cache.
+INLINE void add_rows(const float* g, int64_t n_tokens, int64_t width, float* sum) {
+    constexpr int kAtOnce = 8;
+    int64_t t = 0;
+    for (; t + kAtOnce <= n_tokens; t += kAtOnce, g += kAtOnce * width) {
+        for (int64_t f = 0; f < width; ++f) {
+            float total = 0;
+            for (int i = 0; i < kAtOnce; ++i) total += g[i * width + f];
+            sum[f] += total;
+        }
+    }
+    for (; t < n_tokens; ++t, g += width) {
+        for (int64_t f = 0; f < width; ++f) sum[f] += g[f];
+    }
+}
+
 template <int B>
-void sddmm_range(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc) {
+void sddmm_range(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum) {
     constexpr int G = Shape<B>::G, NB = sddmm_blocks<B>();
     const int64_t tile = sddmm_tile<B>(a.rows, a.cols), stride = panel_stride<B>(tile);
     float* g_panel = scratch;
@@ -345,6 +361,7 @@ void sddmm_range(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, flo
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = (n_tokens + G - 1) / G;
         pack_panel<B>(a.g + t0 * a.rows * B, a.rows, n_tokens, groups, stride, g_panel);
+        if (g_sum) add_rows(a.g + t0 * a.rows * B, n_tokens, a.rows * B, g_sum);
         pack_panel<B>(a.x + t0 * a.cols * B, a.cols, n_tokens, groups, stride, x_panel);
         for (int64_t r = 0; r < a.rows; ++r) {
             const float* g = g_panel + r * stride;
@@ -400,8 +417,8 @@ void pack_values_any(int block, bool transpose, const float* values, const int32
 void spmm_any(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
     with_block(a.block, [&](auto b) { spmm_range<b>(a, t0, t1, scratch); });
 }
-void sddmm_any(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc) {
-    with_block(a.block, [&](auto b) { sddmm_range<b>(a, t0, t1, scratch, acc); });
+void sddmm_any(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum) {
+    with_block(a.block, [&](auto b) { sddmm_range<b>(a, t0, t1, scratch, acc, g_sum); });
 }
 void reduce_any(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0,
                 int64_t p1, float* dvalues) {

@@ -207,7 +207,8 @@ void spmm(In<2> x, In<3> values, std::optional<In<1>> bias, Out<2> y, Index ptr,
     });
 }
 
-void sddmm(In<2> g, In<2> x, Out<3> dvalues, Index ptr, Index idx, Index slot, int threads) {
+void sddmm(In<2> g, In<2> x, Out<3> dvalues, std::optional<Out<1>> g_sum, Index ptr, Index idx, Index slot,
+           int threads) {
     const int64_t n_blocks = dvalues.shape(0), b = dvalues.shape(1), n_tokens = g.shape(0);
     check_block(b);
     if (int64_t(dvalues.shape(2)) != b) fail("dvalues must have square blocks");
@@ -219,10 +220,10 @@ void sddmm(In<2> g, In<2> x, Out<3> dvalues, Index ptr, Index idx, Index slot, i
     if (int64_t(ptr.shape(0)) != a.rows + 1) {
         fail("row_ptr has " + std::to_string(ptr.shape(0)) + " entries; expected " + std::to_string(a.rows + 1));
     }
+    if (g_sum && int64_t(g_sum->shape(0)) != a.rows * b) fail("g_sum has a wrong shape");
     check_ptr(ptr, kCsr.ptr, n_blocks);
     check_range(idx, kCsr.idx, n_blocks, a.cols);
     check_range(slot, kCsr.slot, n_blocks, n_blocks);
-    if (n_blocks == 0) return;
     a.g = g.data();
     a.x = x.data();
     a.ptr = ptr.data();
@@ -230,7 +231,9 @@ void sddmm(In<2> g, In<2> x, Out<3> dvalues, Index ptr, Index idx, Index slot, i
 
     const KernelTable& table = *g_table;
     const int n = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n_tokens, 1)));
-    const size_t size = padded(n_blocks * b * b + 64), each = padded(table.sddmm_scratch(a.block, a.rows, a.cols));
+    // Each thread's own sums: dvalues in CSR order, then g_sum.
+    const size_t sum_at = padded(n_blocks * b * b + 64), size = sum_at + padded(g_sum ? a.rows * b : 0);
+    const size_t each = padded(table.sddmm_scratch(a.block, a.rows, a.cols));
     float* scratch = t_scratch.reserve(n * (size + each));
     // A slot named twice leaves another one unwritten.
     unsigned char* seen = reinterpret_cast<unsigned char*>(scratch);
@@ -242,8 +245,16 @@ void sddmm(In<2> g, In<2> x, Out<3> dvalues, Index ptr, Index idx, Index slot, i
     parallel(n, [&](int i) {
         float* acc = scratch + i * size;
         std::memset(acc, 0, size * sizeof(float));
-        table.sddmm(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), scratch + n * size + i * each, acc);
+        table.sddmm(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), scratch + n * size + i * each, acc,
+                    g_sum ? acc + sum_at : nullptr);
     });
+    if (g_sum) {
+        for (int64_t f = 0; f < a.rows * b; ++f) {
+            float sum = 0;
+            for (int i = 0; i < n; ++i) sum += scratch[i * size + sum_at + f];
+            g_sum->data()[f] = sum;
+        }
+    }
     parallel(n, [&](int i) {
         table.reduce(a.block, scratch, size, n, slot.data(), cut(n_blocks, i, n), cut(n_blocks, i + 1, n), dvalues.data());
     });
@@ -269,5 +280,5 @@ NB_MODULE(_native, m) {
     });
     m.def("spmm", &spmm, "x"_a, "values"_a, "bias"_a.none(), "y"_a, "ptr"_a, "idx"_a, "slot"_a, "transposed"_a,
           "threads"_a);
-    m.def("sddmm", &sddmm, "g"_a, "x"_a, "dvalues"_a, "ptr"_a, "idx"_a, "slot"_a, "threads"_a);
+    m.def("sddmm", &sddmm, "g"_a, "x"_a, "dvalues"_a, "g_sum"_a.none(), "ptr"_a, "idx"_a, "slot"_a, "threads"_a);
 }

@@ -35,8 +35,9 @@ struct KernelTable {
                         int64_t p1, float* packed);
     // Tokens [t0, t1).
     void (*spmm)(const SpmmArgs&, int64_t t0, int64_t t1, float* scratch);
-    // Adds the tokens [t0, t1) to acc [n_blocks, b, b] (CSR order, room for 64 floats after the end).
-    void (*sddmm)(const SddmmArgs&, int64_t t0, int64_t t1, float* scratch, float* acc);
+    // Adds the tokens [t0, t1) to acc [n_blocks, b, b] (CSR order, room for 64 floats after the end), and their
+    // g to g_sum [R*b] unless that is null.
+    void (*sddmm)(const SddmmArgs&, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum);
     // dvalues[slot[p]] = sum over the accumulators in order, p in [p0, p1).
     void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0,
                    int64_t p1, float* dvalues);

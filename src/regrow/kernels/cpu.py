@@ -47,11 +47,12 @@ def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]
     return y
 
 
-def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int) -> Tensor:
-    """``g^T x`` at the blocks of the three CSR arrays, in slot order."""
+def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int, with_sum: bool) -> tuple[Tensor, Tensor]:
+    """``g^T x`` at the blocks of the three CSR arrays, in slot order; and ``g.sum(0)``, or nothing of it."""
     dvalues = torch.empty(index[2].numel(), block_size, block_size)
-    _call("sddmm", _raw(g), _raw(x), dvalues, *map(_raw, index))
-    return dvalues
+    g_sum = torch.empty(g.shape[1] if with_sum else 0)
+    _call("sddmm", _raw(g), _raw(x), dvalues, g_sum if with_sum else None, *map(_raw, index))
+    return dvalues, g_sum
 
 
 def _raw(tensor: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ _NAMES = ("row_ptr", "col_idx", "slot", "col_ptr", "row_idx_t", "slot_t")
 
 torch.library.define("regrow::spmm", f"(Tensor x, Tensor values, Tensor? bias, {_INDEX}) -> Tensor")
 torch.library.define("regrow::spmm_t", f"(Tensor g, Tensor values, {_INDEX}) -> Tensor")
-torch.library.define("regrow::sddmm", f"(Tensor g, Tensor x, {_INDEX}, SymInt block_size) -> Tensor")
+torch.library.define(
+    "regrow::sddmm", f"(Tensor g, Tensor x, {_INDEX}, SymInt block_size, bool with_sum) -> (Tensor, Tensor)"
+)
 
 
 def spmm(
@@ -120,7 +122,7 @@ def sddmm(
     tensor([[[ 10., 100.],
              [ 20., 200.]]])
     """
-    return torch.ops.regrow.sddmm(g, x, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t, block_size)
+    return torch.ops.regrow.sddmm(g, x, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t, block_size, False)[0]
 
 
 # ---- checks ---------------------------------------------------------------------------------------
@@ -203,8 +205,8 @@ def _spmm_t(g: Tensor, values: Tensor, *index: Tensor) -> Tensor:
     return reference.spmm_t(g, values, index[3:])
 
 
-def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    *index, b = rest
+def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *index, b, with_sum = rest
     _check({"g": g, "x": x}, index)
     if b < 1:
         raise RegrowError(f"block_size is {b}; it must be positive")
@@ -215,9 +217,9 @@ def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
     if len({index[i].numel() for i in (1, 2, 4, 5)}) != 1:
         raise RegrowError("col_idx, slot, row_idx_t and slot_t must have one entry per block")
     if cpu.supports(g.dtype, g.device, b):
-        return cpu.sddmm(g, x, index[:3], b)
+        return cpu.sddmm(g, x, index[:3], b, with_sum)
     _check_contents(index[:3], index[3].numel() - 1, _NAMES[:3])
-    return reference.sddmm(g, x, index[:3], b)
+    return reference.sddmm(g, x, index[:3], b), g.sum(0) if with_sum else g.new_empty(0)
 
 
 def _spmm_fake(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
@@ -228,8 +230,9 @@ def _spmm_t_fake(g: Tensor, values: Tensor, *index: Tensor) -> Tensor:
     return g.new_empty(g.shape[0], (index[3].shape[0] - 1) * values.shape[1])
 
 
-def _sddmm_fake(g: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return g.new_empty(rest[2].shape[0], rest[-1], rest[-1])
+def _sddmm_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *index, b, with_sum = rest
+    return g.new_empty(index[2].shape[0], b, b), g.new_empty(g.shape[1] if with_sum else 0)
 
 
 # ---- gradients ------------------------------------------------------------------------------------
@@ -250,30 +253,40 @@ def _spmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values, *index = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
     dx = torch.ops.regrow.spmm_t(g, values, *index) if need_x else None
-    dvalues = torch.ops.regrow.sddmm(g, x, *index, values.shape[1]) if need_values else None
-    return dx, dvalues, g.sum(0) if need_bias else None, *[None] * 6
+    dvalues = dbias = None
+    if need_values:  # its pass over g yields the bias's gradient too
+        dvalues, dbias = torch.ops.regrow.sddmm(g, x, *index, values.shape[1], need_bias)
+    elif need_bias:
+        dbias = g.sum(0)
+    return dx, dvalues, dbias if need_bias else None, *[None] * 6
 
 
 def _spmm_t_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     g, values, *index = ctx.saved_tensors
     need_g, need_values = ctx.needs_input_grad[:2]
     dg = torch.ops.regrow.spmm(h, values, None, *index) if need_g else None
-    dvalues = torch.ops.regrow.sddmm(g, h, *index, values.shape[1]) if need_values else None
+    dvalues = torch.ops.regrow.sddmm(g, h, *index, values.shape[1], False)[0] if need_values else None
     return dg, dvalues, *[None] * 6
 
 
-def _sddmm_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+def _sddmm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.with_sum = inputs[-1]
+    _save(ctx, inputs, output[0])
+
+
+def _sddmm_backward(ctx: Any, h: Tensor, h_sum: Tensor) -> tuple[Tensor | None, ...]:
     g, x, *index = ctx.saved_tensors
     need_g, need_x = ctx.needs_input_grad[:2]
-    dg = torch.ops.regrow.spmm(x, h, None, *index) if need_g else None
+    # A sum over tokens hands its gradient to every token: as a bias does.
+    dg = torch.ops.regrow.spmm(x, h, h_sum if ctx.with_sum else None, *index) if need_g else None
     dx = torch.ops.regrow.spmm_t(g, h, *index) if need_x else None
-    return dg, dx, *[None] * 7
+    return dg, dx, *[None] * 8
 
 
 for _name, _forward, _fake, _backward, _setup in (
     ("regrow::spmm", _spmm, _spmm_fake, _spmm_backward, _spmm_setup),
     ("regrow::spmm_t", _spmm_t, _spmm_t_fake, _spmm_t_backward, _save),
-    ("regrow::sddmm", _sddmm, _sddmm_fake, _sddmm_backward, _save),
+    ("regrow::sddmm", _sddmm, _sddmm_fake, _sddmm_backward, _sddmm_setup),
 ):
     torch.library.impl(_name, "CompositeExplicitAutograd")(_forward)
     torch.library.register_fake(_name)(_fake)
