@@ -82,7 +82,8 @@ def methods(argv: Sequence[str]) -> int:
 
 def bench(argv: Sequence[str]) -> int:
     """measure sparse against dense on this machine"""
-    from regrow.bench.kernels import SHAPES, bench_kernels, table, write_json
+    from regrow.bench.kernels import SHAPES, bench_kernels, bench_peers, peer_table, table, write_json
+    from regrow.bench.roofline import memory_bandwidth, plot
 
     parser = _OneLineParser(
         prog="regrow bench",
@@ -97,8 +98,12 @@ def bench(argv: Sequence[str]) -> int:
     parser.add_argument("--densities", type=_list_of(float), default="0.1", help="shares of blocks that exist")
     parser.add_argument("--tokens", type=_list_of(int), default="4096", help="rows of the input")
     parser.add_argument("--rounds", type=int, default=7, help="medians are taken over so many rounds")
+    parser.add_argument("--peers", action="store_true", help="also PyTorch's own CSR and BSR layouts")
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds: under 40 seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine to a file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the roofline, as .png or .svg (needs regrow[plot])"
+    )
     asked = parser.parse_args(argv)
     shapes, rounds = (asked.shapes[1:3], 3) if asked.quick else (asked.shapes, asked.rounds)
     rows = bench_kernels(
@@ -110,8 +115,14 @@ def bench(argv: Sequence[str]) -> int:
         progress=True,
     )
     print(table(rows))
+    peers = []
+    if asked.peers:
+        peers = bench_peers(shapes=shapes, density=asked.densities[0], tokens=asked.tokens[0], rounds=3)
+        print(peer_table(peers))
     if asked.json is not None:
-        write_json(rows, asked.json)
+        write_json(rows, asked.json, peers)
+    if asked.plot is not None:
+        plot(rows, memory_bandwidth(), asked.plot)
     return 0
 
 

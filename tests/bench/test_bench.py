@@ -34,6 +34,23 @@ def test_bench_kernels_writes_rows_that_add_up(tmp_path: Path, capsys: pytest.Ca
     assert "critical" in capsys.readouterr().out
 
 
+def test_the_roofline_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'plot'")
+    path = tmp_path / "roof.png"
+    flags = ["--shapes", "64x32", "--blocks", "4,16", "--densities", "0.5", "--tokens", "8", "--rounds", "1"]
+    assert main(["bench", "kernels", *flags, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_peers_are_measured_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "speed.json"
+    flags = ["--shapes", "64x32", "--blocks", "16", "--densities", "0.5", "--tokens", "8", "--rounds", "1"]
+    assert main(["bench", "kernels", *flags, "--peers", "--json", str(path)]) == 0
+    peers = json.loads(path.read_text())["peers"]
+    assert [(p["layout"], p["block_size"]) for p in peers] == [("torch csr", 1), ("torch bsr", 16)]
+    assert peers[0]["seconds"] > 0 and "torch csr" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [["--shapes", "64by64"], ["--blocks", "four"], ["--rounds", "x"], []])
 def test_bad_bench_flags_are_one_line(flags: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:

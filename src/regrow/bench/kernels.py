@@ -9,6 +9,7 @@ appendix A.3).
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +74,83 @@ def bench_kernels(
     return rows
 
 
+@dataclass(frozen=True)
+class PeerRow:
+    """One of PyTorch's own sparse layouts on the same layer; ``None`` where it has no such pass."""
+
+    layout: str
+    in_features: int
+    out_features: int
+    tokens: int
+    density: float
+    block_size: int
+    forward_seconds: float | None
+    seconds: float | None
+    dense_seconds: float
+
+
+def bench_peers(
+    *, shapes: Sequence[Shape] = SHAPES, density: float = 0.1, tokens: int = 4096, rounds: int = 3
+) -> list[PeerRow]:
+    """PyTorch's CSR (single elements) and BSR (blocks of 16) products on the same patterns, against dense.
+
+    CSR's backward pass forms a dense weight gradient; BSR has none.
+
+    Example:
+        >>> [row.layout for row in bench_peers(shapes=[(32, 32)], density=0.5, tokens=4, rounds=1)]
+        ['torch csr', 'torch bsr']
+    """
+    rows = []
+    for in_features, out_features in shapes:
+        x, cotangent = torch.randn(tokens, in_features), torch.randn(tokens, out_features)
+        dense_step = _step(nn.Linear(in_features, out_features), x, cotangent)
+        for layout, b in (("torch csr", 1), ("torch bsr", 16)):
+            layer = BlockSparseLinear(in_features, out_features, block_size=b, density=density)
+            forward, step = _peer_tasks(layout, layer, x, cotangent)
+            tasks = {name: task for name, task in (("forward", forward), ("step", step)) if _works(task)}
+            seconds = interleaved_medians({"dense": dense_step, **tasks}, rounds=rounds)
+            rows.append(
+                PeerRow(
+                    layout=layout,
+                    in_features=in_features,
+                    out_features=out_features,
+                    tokens=tokens,
+                    density=layer.density,
+                    block_size=b,
+                    forward_seconds=seconds.get("forward"),
+                    seconds=seconds.get("step"),
+                    dense_seconds=seconds["dense"],
+                )
+            )
+    return rows
+
+
+def _peer_tasks(layout: str, layer: BlockSparseLinear, x: Tensor, cotangent: Tensor) -> tuple[Task, Task]:
+    b, dense = layer.block_size, layer.to_dense()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "sparse ... is in beta"
+        weight = dense.to_sparse_csr() if layout == "torch csr" else dense.to_sparse_bsr((b, b))
+    leaf, columns, x_leaf = weight.requires_grad_(), cotangent.t().contiguous(), x.t().contiguous().requires_grad_()
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return leaf @ x_leaf
+
+    def step() -> None:
+        leaf.grad = x_leaf.grad = None
+        (leaf @ x_leaf).backward(columns)
+
+    return forward, step
+
+
+def _works(task: Task) -> bool:
+    try:
+        task()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 def _bench_shape(
     shape: Shape, n_tokens: int, blocks: Sequence[int], densities: Sequence[float], rounds: int
 ) -> list[Row]:
@@ -131,9 +209,21 @@ def _step(layer: nn.Module, x: Tensor, cotangent: Tensor) -> Task:
     return run
 
 
-def write_json(rows: Sequence[Row], path: Path) -> None:
+def write_json(rows: Sequence[Row], path: Path, peers: Sequence[PeerRow] = ()) -> None:
     """The rows with the machine they were measured on."""
-    path.write_text(json.dumps({"machine": describe_machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    document = {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
+    if peers:
+        document["peers"] = [asdict(row) for row in peers]
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def peer_table(peers: Sequence[PeerRow]) -> str:
+    """Speed-ups of PyTorch's layouts over dense, a line each."""
+    lines = ["   in   out tokens density layout      forward + backward over dense"]
+    for r in peers:
+        speedup = "no backward pass" if r.seconds is None else f"{r.dense_seconds / r.seconds:.2f}x"
+        lines.append(f"{r.in_features:5} {r.out_features:5} {r.tokens:6} {r.density:7.3g} {r.layout:11} {speedup}")
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Row]) -> str:

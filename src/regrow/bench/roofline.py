@@ -1,0 +1,66 @@
+"""Where the measured layers stand between the memory and the arithmetic of the machine.
+
+A training step of a sparse layer with density ``d`` multiplies ``6 * tokens * d * in * out / 2`` pairs of numbers and must
+move, at least, the activations three times (forward, input gradient, weight gradient): ``3 * 4 * tokens * (in + out)``
+bytes. At a tenth of the density it moves the same bytes for a tenth of the arithmetic; that is why it meets the memory's
+roof where a dense layer does not (S. Williams, A. Waterman, D. Patterson, *Roofline*, CACM 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from regrow.bench.kernels import Row
+from regrow.bench.timing import interleaved_medians
+from regrow.errors import RegrowError
+
+
+def intensity(row: Row) -> float:
+    """FLOPs per byte of a training step that moves the activations three times and the weights not at all.
+
+    Example:
+        >>> row = Row(512, 512, 4096, 0.5, 16, *[1.0] * 7)
+        >>> intensity(row)
+        64.0
+    """
+    return row.density * row.in_features * row.out_features / (2 * (row.in_features + row.out_features))
+
+
+def memory_bandwidth(megabytes: int = 64) -> float:
+    """10^9 bytes a second, read and written, of PyTorch copying an array that fits no private cache."""
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    seconds = interleaved_medians({"copy": lambda: target.copy_(source)}, rounds=7)["copy"]
+    return 2 * source.numel() * source.element_size() / seconds / 1e9
+
+
+def plot(rows: Sequence[Row], bandwidth: float, path: Path) -> None:
+    """Draw the roofline: measured speed over FLOPs per byte, a colour per block size, dense in black.
+
+    Raises:
+        RegrowError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise RegrowError('--plot needs matplotlib: pip install "regrow[plot]"') from None
+    peak = max(row.dense_gflops for row in rows)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    grid = [2.0**exponent / 4 for exponent in range(2, 13)]
+    axes.plot(
+        grid, [min(peak, bandwidth * x) for x in grid], color="grey", label=f"{bandwidth:.0f} GB/s, {peak:.0f} GF/s"
+    )
+    dense = [(intensity(row) / row.density, row.dense_gflops) for row in rows]
+    axes.scatter(*zip(*dense, strict=True), color="black", marker="s", s=18, label="dense")
+    for b in sorted({row.block_size for row in rows}):
+        points = [(intensity(row), row.sparse_gflops) for row in rows if row.block_size == b]
+        axes.scatter(*zip(*points, strict=True), s=22, label=f"block {b}")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="10^9 FLOPs a second (non-zeros)")
+    axes.set_title("Forward + backward of one layer")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
