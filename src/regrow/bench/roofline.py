@@ -1,9 +1,9 @@
 """Where the measured layers stand between the memory and the arithmetic of the machine.
 
-A training step of a sparse layer with density ``d`` multiplies ``6 * tokens * d * in * out / 2`` pairs of numbers and must
-move, at least, the activations three times (forward, input gradient, weight gradient): ``3 * 4 * tokens * (in + out)``
-bytes. At a tenth of the density it moves the same bytes for a tenth of the arithmetic; that is why it meets the memory's
-roof where a dense layer does not (S. Williams, A. Waterman, D. Patterson, *Roofline*, CACM 2009).
+A training step of a sparse layer with density ``d`` takes ``6 * tokens * d * in * out`` FLOPs and must move, at least,
+the activations three times (forward, input gradient, weight gradient): ``3 * 4 * tokens * (in + out)`` bytes. At a
+tenth of the density it moves the same bytes for a tenth of the arithmetic; that is why it meets the memory's roof where
+a dense layer does not (S. Williams, A. Waterman, D. Patterson, *Roofline*, CACM 2009).
 """
 
 from __future__ import annotations
