@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -198,3 +199,15 @@ def test_one_thread_works_in_a_forked_child() -> None:
     child.start()
     assert queue.get(timeout=30) == expected
     child.join()
+
+
+def test_several_python_threads_at_once() -> None:
+    """The interpreter is released while a kernel runs; every calling thread has scratch of its own."""
+    p = pattern(32, 24, 200)
+    values = normal(200, 16, 16, seed=1)
+    inputs = [normal(300, 24 * 16, seed=10 + i) for i in range(8)]
+    expected = [spmm(x, values, None, *p.index) for x in inputs]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for _ in range(5):
+            for ours, theirs in zip(pool.map(lambda x: spmm(x, values, None, *p.index), inputs), expected, strict=True):
+                assert torch.equal(ours, theirs)

@@ -33,6 +33,12 @@ struct Shape {
 
 // The panel of a tile of at most `tokens` tokens: at most half a megabyte, so that it stays in L2.
 constexpr int64_t kPanelFloats = 1 << 17;
+// Whether the outputs of a thread are stored around the caches: they are more than a private cache holds, and every
+// vector of them is aligned.
+constexpr int64_t kStreamFloats = 1 << 19;
+INLINE bool streams(const float* y, int64_t tokens, int64_t width) {
+    return tokens * width > kStreamFloats && width % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+}
 
 template <int B>
 int64_t panel_stride(int64_t tokens) {
@@ -108,7 +114,7 @@ void pack_panel(const float* x, int64_t blocks, int64_t n_tokens, int64_t groups
 // The bias comes last: a sum that starts at a large bias rounds every small product to the bias's precision.
 template <int B, int Mm>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
-                       const float* bias, float* out, int64_t out_stride) {
+                       const float* bias, float* out, int64_t out_stride, bool streaming) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
     V acc[Mm][NV] = {};
     for (int64_t p = 0; p < n; ++p, w += B * B) {
@@ -126,20 +132,25 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
     }
     unroll<NV>([&](auto v) LAMBDA {
         const V end = bias ? load_any(bias + v * W) : V{};
-        unroll<Mm>([&](auto m) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v] + end); });
+        if (streaming) {
+            unroll<Mm>([&](auto m) LAMBDA { stream(out + m * out_stride + v * W, acc[m][v] + end); });
+        } else {
+            unroll<Mm>([&](auto m) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v] + end); });
+        }
     });
 }
 
 // The last register tile of a range may be shorter: a multiple of Q groups.
 template <int B, int Mm = Shape<B>::M>
 INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
-                        int64_t n, const float* bias, float* out, int64_t out_stride) {
+                        int64_t n, const float* bias, float* out, int64_t out_stride, bool streaming = false) {
     if constexpr (Mm > Shape<B>::Q) {
         if (groups < Mm) {
-            return spmm_groups<B, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, bias, out, out_stride);
+            return spmm_groups<B, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, bias, out, out_stride,
+                                                    streaming);
         }
     }
-    spmm_micro<B, Mm>(panel, stride, w, idx, n, bias, out, out_stride);
+    spmm_micro<B, Mm>(panel, stride, w, idx, n, bias, out, out_stride, streaming);
 }
 
 // ---- large blocks: vectors of outputs, straight into y ------------------------------------------
@@ -147,7 +158,7 @@ INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, cons
 // One block row, for the m <= M tokens at `part`; `live` of them exist.
 template <int B>
 INLINE void spmm_row(const SpmmArgs& a, int64_t r, const float* part, int64_t stride, int64_t m, int64_t live, float* y,
-                     float* spare) {
+                     float* spare, bool streaming) {
     constexpr int PW = Shape<B>::PW;
     const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0, out = a.out_blocks * B;
     for (int piece = 0; piece < B; piece += PW) {
@@ -155,7 +166,7 @@ INLINE void spmm_row(const SpmmArgs& a, int64_t r, const float* part, int64_t st
         const float* bias = a.bias ? a.bias + r * B + piece : nullptr;
         float* to = y + r * B + piece;
         if (live >= m) {
-            spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, to, out);
+            spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, to, out, streaming);
         } else {
             spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
             for (int64_t t = 0; t < live; ++t) memcpy(to + t * out, spare + t * PW, PW * sizeof(float));
@@ -168,6 +179,7 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
     constexpr int M = Shape<B>::M;
     const int64_t tile = spmm_tile<B>(a.in_blocks), stride = panel_stride<B>(tile);
     const int64_t in = a.in_blocks * B, out = a.out_blocks * B;
+    const bool streaming = streams(a.y, t1 - t0, out);
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up(n_tokens, Shape<B>::Q);
         pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
@@ -176,7 +188,7 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
             for (int64_t m0 = 0; m0 < groups; m0 += M) {
                 for (int64_t r = r0; r < r1; ++r) {
                     spmm_row<B>(a, r, panel + m0 * B, stride, min64(M, groups - m0), n_tokens - m0,
-                                a.y + (t0 + m0) * out, spare);
+                                a.y + (t0 + m0) * out, spare, streaming);
                 }
             }
         }
@@ -187,7 +199,7 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
 
 // sums [block rows][M groups][B * G] (lanes (output, token) within a vector) -> y, with the bias.
 template <int B>
-void unpack(const SpmmArgs& a, const float* sums, int64_t n_tokens, float* y) {
+void unpack(const SpmmArgs& a, const float* sums, int64_t n_tokens, float* y, bool streaming) {
     constexpr int G = Shape<B>::G, M = Shape<B>::M;
     const int64_t out = a.out_blocks * B;
     for (int64_t group = 0; group * G < n_tokens; ++group) {
@@ -199,7 +211,9 @@ void unpack(const SpmmArgs& a, const float* sums, int64_t n_tokens, float* y) {
             unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * (M * W))); });
             transpose<G>(v);
             const V bias = a.bias ? load_part(a.bias + f, out - f) : V{};
-            if (live >= G && f + W <= out) {
+            if (streaming && live >= G) {
+                unroll<G>([&](auto t) LAMBDA { stream(to + t * out + f, v[t] + bias); });
+            } else if (live >= G && f + W <= out) {
                 unroll<G>([&](auto t) LAMBDA { store_any(to + t * out + f, v[t] + bias); });
             } else {
                 unroll<G>([&](auto t) LAMBDA {
@@ -215,6 +229,7 @@ void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* p
     constexpr int G = Shape<B>::G, M = Shape<B>::M;
     constexpr int64_t tile = Shape<B>::kMicroTokens;
     const int64_t stride = panel_stride<B>(tile), in = a.in_blocks * B, out = a.out_blocks * B;
+    const bool streaming = streams(a.y, t1 - t0, out);
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up((n_tokens + G - 1) / G, Shape<B>::Q);
         pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
@@ -223,7 +238,7 @@ void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* p
             spmm_groups<B>(groups, panel, stride, a.packed + p0 * (B * B), a.idx + p0, n, nullptr,
                            sums + r * (M * B * G), B * G);
         }
-        unpack<B>(a, sums, n_tokens, a.y + t0 * out);
+        unpack<B>(a, sums, n_tokens, a.y + t0 * out, streaming);
     }
 }
 
@@ -242,6 +257,7 @@ void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
     } else {
         spmm_small<B>(a, t0, t1, scratch, panel);
     }
+    finish_streams();
 }
 
 // packed[p][piece][k][PW]: what spmm_micro reads in order. The contraction index k runs over the inputs of

@@ -32,6 +32,23 @@ INLINE V load_any(const float* p) { return *reinterpret_cast<const VAny*>(p); }
 INLINE void store(float* p, V v) { *reinterpret_cast<VAligned*>(p) = v; }
 INLINE void store_any(float* p, V v) { *reinterpret_cast<VAny*>(p) = v; }
 
+// A store around the caches, to a place aligned to a vector: the line is not read from memory first.
+// finish_streams() makes such stores visible to other threads.
+INLINE void stream(float* p, V v) {
+#if defined(REGROW_ISA_AVX512)
+    _mm512_stream_ps(p, v);
+#elif defined(REGROW_ISA_AVX2)
+    _mm256_stream_ps(p, v);
+#else
+    store(p, v);
+#endif
+}
+INLINE void finish_streams() {
+#if defined(REGROW_ISA_AVX512) || defined(REGROW_ISA_AVX2)
+    _mm_sfence();
+#endif
+}
+
 // unroll<N>(f) calls f(Int<0>), ..., f(Int<N-1>): the indices are constants, so arrays of V indexed by
 // them stay in registers (a loop with an unroll pragma does not guarantee that).
 template <int I>
