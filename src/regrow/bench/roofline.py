@@ -49,7 +49,7 @@ def plot(rows: Sequence[Row], bandwidth: float, path: Path) -> None:
         raise RegrowError('--plot needs matplotlib: pip install "regrow[plot]"') from None
     peak = max(row.dense_gflops for row in rows)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    grid = [2.0**exponent / 4 for exponent in range(2, 13)]
+    grid = [1.0, peak / bandwidth, 1000.0]
     axes.plot(
         grid, [min(peak, bandwidth * x) for x in grid], color="grey", label=f"{bandwidth:.0f} GB/s, {peak:.0f} GF/s"
     )
