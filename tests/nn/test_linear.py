@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from regrow import BlockSparseLinear, RegrowError
+from regrow import BlockSparseLinear, RegrowError, TopologyUpdater, UpdateSchedule
 from tolerances import GRADIENT_FACTOR, assert_as_good_as_dense
 
 
@@ -99,3 +99,33 @@ def test_bad_arguments_name_the_argument(arguments: dict, message: str) -> None:
 def test_wrong_input_width_is_named() -> None:
     with pytest.raises(RegrowError, match="expects inputs of 96 features"):
         make(16)(torch.zeros(2, 95))
+
+
+def test_autocast_computes_in_the_dtype_of_the_values() -> None:
+    layer, x = make(16), torch.randn(3, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.float32
+        assert layer(x).dtype == torch.float32
+    with pytest.raises(RegrowError, match=r"x is torch\.bfloat16"):
+        layer(x.bfloat16())
+
+
+def test_compiles_whole_and_survives_updates_without_recompiling() -> None:
+    torch._dynamo.reset()
+    layer = make(16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    updater = TopologyUpdater(
+        layer, optimizer, schedule=UpdateSchedule(6, n_updates=6, drop_fraction=1.0, decay="constant")
+    )
+    torch._dynamo.utils.counters.clear()
+    for _ in range(6):
+        x = torch.randn(8, 96)
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x))
+        y.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step()
+    assert updater.last_update_step == 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -32,6 +32,8 @@ class BlockSparseLinear(nn.Module):
         input ``[..., in_features]`` -> output ``[..., out_features]``; any number of leading dimensions, also
         zero tokens.
 
+    Under ``torch.autocast`` the layer computes in the dtype of its values.
+
     Raises:
         RegrowError: the block does not divide a dimension, or ``density`` is outside (0, 1].
 
@@ -87,6 +89,8 @@ class BlockSparseLinear(nn.Module):
             raise RegrowError(
                 f"BlockSparseLinear expects inputs of {self.in_features} features, got shape {list(x.shape)}"
             )
+        if torch.is_autocast_enabled(x.device.type):  # there are no low-precision kernels to cast to yet
+            x = x.to(self.values.dtype)
         tokens = x.reshape(-1, self.in_features)
         y = kernels.spmm(tokens, self.values, self.bias, *self.topology.indices())
         return y.view(*x.shape[:-1], self.out_features)
