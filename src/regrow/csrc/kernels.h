@@ -179,7 +179,7 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
     constexpr int M = Shape<B>::M;
     const int64_t tile = spmm_tile<B>(a.in_blocks), stride = panel_stride<B>(tile);
     const int64_t in = a.in_blocks * B, out = a.out_blocks * B;
-    const bool streaming = streams(a.y, t1 - t0, out);
+    const bool streaming = Shape<B>::PW % 16 == 0 && streams(a.y, t1 - t0, out);  // whole lines only
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up(n_tokens, Shape<B>::Q);
         pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
