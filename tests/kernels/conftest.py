@@ -20,7 +20,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(before)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -21,10 +21,15 @@ class Pattern:
         return self.rows.numel()
 
 
-def pattern(n_rows: int, n_cols: int, n_blocks: int, seed: int = 0) -> Pattern:
-    """``n_blocks`` different random coordinates; slots are in no particular order."""
+def pattern(n_rows: int, n_cols: int, n_blocks: int, seed: int = 0, crowded_rows: int | None = None) -> Pattern:
+    """``n_blocks`` different random coordinates; slots are in no particular order.
+
+    With ``crowded_rows`` all blocks but one lie in the first so many rows, and one in the last.
+    """
     generator = torch.Generator().manual_seed(seed)
-    flat = torch.randperm(n_rows * n_cols, generator=generator)[:n_blocks]
+    flat = torch.randperm((crowded_rows or n_rows) * n_cols, generator=generator)[:n_blocks]
+    if crowded_rows is not None:
+        flat[0] = n_rows * n_cols - 1
     rows, cols = flat // n_cols, flat % n_cols
 
     def ordered(major: Tensor, minor: Tensor, n_major: int, n_minor: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,16 +73,17 @@ INLINE void store_part(float* p, V v, int64_t n) {
     memcpy(p, line, sizeof(float) * n);
 }
 
-// x [n_tokens, blocks * B] -> panel with `groups` token groups; tokens past the end are zero.
+// x [n_tokens, blocks * B], rows x_width apart -> panel with `groups` token groups; tokens past the end are zero.
 template <int B>
-void pack_panel(const float* x, int64_t blocks, int64_t n_tokens, int64_t groups, int64_t stride, float* panel) {
+void pack_panel(const float* x, int64_t x_width, int64_t blocks, int64_t n_tokens, int64_t groups, int64_t stride,
+                float* panel) {
     constexpr int G = Shape<B>::G;
     const int64_t width = blocks * B;
     if constexpr (G == 1) {
         for (int64_t t = 0; t < groups; ++t) {
             float* to = panel + t * B;
             if (t < n_tokens) {
-                const float* from = x + t * width;
+                const float* from = x + t * x_width;
                 for (int64_t c = 0; c < blocks; ++c, to += stride, from += B) {
                     unroll<B / W>([&](auto v) LAMBDA { store(to + v * W, load_any(from + v * W)); });
                 }
@@ -95,11 +96,11 @@ void pack_panel(const float* x, int64_t blocks, int64_t n_tokens, int64_t groups
             const int64_t t0 = group * G, live = n_tokens - t0;
             for (int64_t f = 0; f < width; f += W) {  // G feature blocks at a time
                 V v[G];
-                const float* from = x + t0 * width + f;
+                const float* from = x + t0 * x_width + f;
                 if (live >= G && f + W <= width) {
-                    unroll<G>([&](auto t) LAMBDA { v[t] = load_any(from + t * width); });
+                    unroll<G>([&](auto t) LAMBDA { v[t] = load_any(from + t * x_width); });
                 } else {
-                    unroll<G>([&](auto t) LAMBDA { v[t] = t < live ? load_part(from + t * width, width - f) : V{}; });
+                    unroll<G>([&](auto t) LAMBDA { v[t] = t < live ? load_part(from + t * x_width, width - f) : V{}; });
                 }
                 transpose<G>(v);
                 float* to = panel + f / B * stride + group * W;
@@ -182,7 +183,7 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
     const bool streaming = Shape<B>::PW % 16 == 0 && streams(a.y, t1 - t0, out);  // whole lines only
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up(n_tokens, Shape<B>::Q);
-        pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
+        pack_panel<B>(a.x + t0 * in, in, a.in_blocks, n_tokens, groups, stride, panel);
         for (int64_t r0 = 0; r0 < a.out_blocks; r0 += Shape<B>::kRows) {
             const int64_t r1 = min64(r0 + Shape<B>::kRows, a.out_blocks);
             for (int64_t m0 = 0; m0 < groups; m0 += M) {
@@ -232,7 +233,7 @@ void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* p
     const bool streaming = streams(a.y, t1 - t0, out);
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up((n_tokens + G - 1) / G, Shape<B>::Q);
-        pack_panel<B>(a.x + t0 * in, a.in_blocks, n_tokens, groups, stride, panel);
+        pack_panel<B>(a.x + t0 * in, in, a.in_blocks, n_tokens, groups, stride, panel);
         for (int64_t r = 0; r < a.out_blocks; ++r) {
             const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
             spmm_groups<B>(groups, panel, stride, a.packed + p0 * (B * B), a.idx + p0, n, nullptr,
@@ -353,17 +354,17 @@ INLINE void sddmm_blocks_of_row(int64_t n, const float* g, const float* x, int64
 }
 
 // sum[f] += g[t][f] over n_tokens rows: the gradient of the bias, while packing has just brought g to the cache.
-INLINE void add_rows(const float* g, int64_t n_tokens, int64_t width, float* sum) {
+INLINE void add_rows(const float* g, int64_t g_width, int64_t n_tokens, int64_t width, float* sum) {
     constexpr int kAtOnce = 8;
     int64_t t = 0;
-    for (; t + kAtOnce <= n_tokens; t += kAtOnce, g += kAtOnce * width) {
+    for (; t + kAtOnce <= n_tokens; t += kAtOnce, g += kAtOnce * g_width) {
         for (int64_t f = 0; f < width; ++f) {
             float total = 0;
-            for (int i = 0; i < kAtOnce; ++i) total += g[i * width + f];
+            for (int i = 0; i < kAtOnce; ++i) total += g[i * g_width + f];
             sum[f] += total;
         }
     }
-    for (; t < n_tokens; ++t, g += width) {
+    for (; t < n_tokens; ++t, g += g_width) {
         for (int64_t f = 0; f < width; ++f) sum[f] += g[f];
     }
 }
@@ -376,22 +377,22 @@ void sddmm_range(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, flo
     float* x_panel = scratch + panel_floats<B>(tile, a.rows);
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = (n_tokens + G - 1) / G;
-        pack_panel<B>(a.g + t0 * a.rows * B, a.rows, n_tokens, groups, stride, g_panel);
-        if (g_sum) add_rows(a.g + t0 * a.rows * B, n_tokens, a.rows * B, g_sum);
-        pack_panel<B>(a.x + t0 * a.cols * B, a.cols, n_tokens, groups, stride, x_panel);
+        pack_panel<B>(a.g + t0 * a.g_width, a.g_width, a.rows, n_tokens, groups, stride, g_panel);
+        if (g_sum) add_rows(a.g + t0 * a.g_width, a.g_width, n_tokens, a.rows * B, g_sum);
+        pack_panel<B>(a.x + t0 * a.cols * B, a.cols * B, a.cols, n_tokens, groups, stride, x_panel);
         for (int64_t r = 0; r < a.rows; ++r) {
             const float* g = g_panel + r * stride;
             for (int64_t p = a.ptr[r]; p < a.ptr[r + 1]; p += NB) {
                 const int64_t n = min64(NB, a.ptr[r + 1] - p);
-                sddmm_blocks_of_row<B>(n, g, x_panel, stride, a.idx + p, groups, acc + p * (B * B));
+                sddmm_blocks_of_row<B>(n, g, x_panel, stride, a.idx + p, groups, acc + (p - a.ptr[0]) * (B * B));
             }
         }
     }
 }
 
 template <int B>
-void reduce(const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0, int64_t p1, float* dvalues) {
-    for (int64_t p = p0; p < p1; ++p) {
+void reduce(const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks, float* dvalues) {
+    for (int64_t p = 0; p < n_blocks; ++p) {
         const float* from = acc + p * (B * B);
         float* to = dvalues + int64_t(slot[p]) * (B * B);
         for (int e = 0; e < B * B; ++e) {
@@ -436,9 +437,9 @@ void spmm_any(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
 void sddmm_any(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum) {
     with_block(a.block, [&](auto b) { sddmm_range<b>(a, t0, t1, scratch, acc, g_sum); });
 }
-void reduce_any(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0,
-                int64_t p1, float* dvalues) {
-    with_block(block, [&](auto b) { reduce<b>(acc, acc_stride, n_acc, slot, p0, p1, dvalues); });
+void reduce_any(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
+                float* dvalues) {
+    with_block(block, [&](auto b) { reduce<b>(acc, acc_stride, n_acc, slot, n_blocks, dvalues); });
 }
 
 }  // namespace

@@ -120,7 +120,7 @@ int64_t check_width(int64_t width, const char* name, int64_t b) {
 // ---- scratch and threads ----------------------------------------------------------------------
 
 // Memory kept by a calling thread between calls. It only grows, up to what its largest call needed: a copy
-// of the weight's blocks (spmm) or one per thread (sddmm), and the panels of one tile per thread, rounded up to 2 MB.
+// of the weight's blocks (spmm) or two (sddmm), and the panels of one tile per thread, rounded up to 2 MB.
 class Scratch {
   public:
     ~Scratch() { std::free(data_); }
@@ -229,12 +229,26 @@ void sddmm(In<2> g, In<2> x, Out<3> dvalues, std::optional<Out<1>> g_sum, Index 
     a.ptr = ptr.data();
     a.idx = idx.data();
 
+    a.g_width = a.rows * b;
+
+    // The work is a grid: the tokens are cut in two at most, because every cut of them costs a copy of the sums, and
+    // the block rows, into ranges of about equally many blocks, by as many as there are threads left.
     const KernelTable& table = *g_table;
-    const int n = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n_tokens, 1)));
-    // Each thread's own sums: dvalues in CSR order, then g_sum.
-    const size_t sum_at = padded(n_blocks * b * b + 64), size = sum_at + padded(g_sum ? a.rows * b : 0);
-    const size_t each = padded(table.sddmm_scratch(a.block, a.rows, a.cols));
-    float* scratch = t_scratch.reserve(n * (size + each));
+    const int by_tokens = threads > 1 && n_tokens > 1 ? 2 : 1;
+    const int by_rows = int(std::clamp<int64_t>(threads / by_tokens, 1, a.rows)), n = by_tokens * by_rows;
+    std::vector<int64_t> row(by_rows + 1, 0);  // range k is [row[k], row[k + 1])
+    int64_t most_blocks = 0, most_rows = 0;
+    size_t each = 0;  // of any range: one of fewer rows may work in longer tiles
+    for (int k = 1; k <= by_rows; ++k) {
+        const int32_t upto = int32_t(cut(n_blocks, k, by_rows));
+        row[k] = k == by_rows ? a.rows : std::lower_bound(a.ptr + row[k - 1], a.ptr + a.rows, upto) - a.ptr;
+        most_blocks = std::max<int64_t>(most_blocks, a.ptr[row[k]] - a.ptr[row[k - 1]]);
+        most_rows = std::max(most_rows, row[k] - row[k - 1]);
+        each = std::max(each, padded(table.sddmm_scratch(a.block, row[k] - row[k - 1], a.cols)));
+    }
+    // Sums of a part: dvalues in CSR order, then g_sum. Parts of one range lie side by side.
+    const size_t sum_at = padded(most_blocks * b * b + 64), size = sum_at + padded(g_sum ? most_rows * b : 0);
+    float* scratch = t_scratch.reserve(std::max<size_t>(n * (size + each), padded(n_blocks)));
     // A slot named twice leaves another one unwritten.
     unsigned char* seen = reinterpret_cast<unsigned char*>(scratch);
     std::memset(seen, 0, n_blocks);
@@ -243,20 +257,29 @@ void sddmm(In<2> g, In<2> x, Out<3> dvalues, std::optional<Out<1>> g_sum, Index 
 
     nb::gil_scoped_release release;
     parallel(n, [&](int i) {
+        const int k = i / by_tokens, t = i % by_tokens;
+        SddmmArgs part = a;
+        part.g += row[k] * b;
+        part.ptr += row[k];
+        part.rows = row[k + 1] - row[k];
         float* acc = scratch + i * size;
         std::memset(acc, 0, size * sizeof(float));
-        table.sddmm(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), scratch + n * size + i * each, acc,
-                    g_sum ? acc + sum_at : nullptr);
+        table.sddmm(part, cut(n_tokens, t, by_tokens), cut(n_tokens, t + 1, by_tokens), scratch + n * size + i * each,
+                    acc, g_sum ? acc + sum_at : nullptr);
     });
-    if (g_sum) {
-        for (int64_t f = 0; f < a.rows * b; ++f) {
-            float sum = 0;
-            for (int i = 0; i < n; ++i) sum += scratch[i * size + sum_at + f];
-            g_sum->data()[f] = sum;
+    parallel(n, [&](int i) {  // again a part each: its share of the range's blocks and columns
+        const int k = i / by_tokens, t = i % by_tokens;
+        const float* acc = scratch + k * by_tokens * size;
+        const int64_t first = a.ptr[row[k]], blocks = a.ptr[row[k + 1]] - first, columns = (row[k + 1] - row[k]) * b;
+        const int64_t p = cut(blocks, t, by_tokens);
+        table.reduce(a.block, acc + p * b * b, size, by_tokens, slot.data() + first + p,
+                     cut(blocks, t + 1, by_tokens) - p, dvalues.data());
+        if (!g_sum) return;
+        for (int64_t f = cut(columns, t, by_tokens); f < cut(columns, t + 1, by_tokens); ++f) {
+            float sum = acc[sum_at + f];
+            for (int other = 1; other < by_tokens; ++other) sum += acc[other * size + sum_at + f];
+            g_sum->data()[row[k] * b + f] = sum;
         }
-    }
-    parallel(n, [&](int i) {
-        table.reduce(a.block, scratch, size, n, slot.data(), cut(n_blocks, i, n), cut(n_blocks, i + 1, n), dvalues.data());
     });
 }
 

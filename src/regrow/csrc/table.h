@@ -16,12 +16,13 @@ struct SpmmArgs {
     int block;
 };
 
-struct SddmmArgs {
-    const float* g;         // [n_tokens, R*b]
+struct SddmmArgs {          // a range of R block rows of a weight
+    const float* g;         // [n_tokens, R*b], rows g_width apart
     const float* x;         // [n_tokens, C*b]
-    const int32_t* ptr;     // [R + 1]
-    const int32_t* idx;     // [n_blocks]
+    const int32_t* ptr;     // [R + 1], from the range's first position on
+    const int32_t* idx;     // [n_blocks] of the whole weight
     int64_t rows, cols;     // R, C
+    int64_t g_width;
     int block;
 };
 
@@ -35,12 +36,12 @@ struct KernelTable {
                         int64_t p1, float* packed);
     // Tokens [t0, t1).
     void (*spmm)(const SpmmArgs&, int64_t t0, int64_t t1, float* scratch);
-    // Adds the tokens [t0, t1) to acc [n_blocks, b, b] (CSR order, room for 64 floats after the end), and their
-    // g to g_sum [R*b] unless that is null.
+    // Adds the tokens [t0, t1) to acc [blocks of the range, b, b] (CSR order, room for 64 floats after the end), and
+    // their g to g_sum [R*b] unless that is null.
     void (*sddmm)(const SddmmArgs&, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum);
-    // dvalues[slot[p]] = sum over the accumulators in order, p in [p0, p1).
-    void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t p0,
-                   int64_t p1, float* dvalues);
+    // dvalues[slot[p]] = sum over the accumulators in order, p < n_blocks.
+    void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
+                   float* dvalues);
 };
 
 inline constexpr int kBlocks[] = {1, 2, 4, 8, 16, 32, 64};
