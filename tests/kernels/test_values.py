@@ -57,7 +57,7 @@ def test_strided_input_without_bias(b: int) -> None:
 @pytest.mark.parametrize("b", [1, 8, 16, 32])
 def test_threads_get_ranges_of_very_different_length(b: int, threads: int) -> None:
     """Threads share the blocks, so a few crowded rows weigh as much as hundreds of empty ones."""
-    check(pattern(1280 // b, 1024 // b, 2 * 1024 // b, crowded_rows=max(4, 64 // b)), b, 600)
+    check(pattern(1280 // b, 1024 // b, 2 * 1024 // b, crowded_rows=max(8, 128 // b)), b, 600)
 
 
 @pytest.mark.parametrize("b", BLOCKS)
