@@ -60,6 +60,13 @@ def test_threads_get_ranges_of_very_different_length(b: int, threads: int) -> No
     check(pattern(1280 // b, 1024 // b, 2 * 1024 // b, crowded_rows=max(8, 128 // b)), b, 600)
 
 
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("b", [1, 4, 16, 64])
+def test_long_rows_are_summed_as_exactly_as_dense(b: int, density: float, isa: str) -> None:
+    n_rows, n_cols = 128 // b, 3072 // b
+    check(pattern(n_rows, n_cols, max(1, round(density * n_rows * n_cols))), b, 64)
+
+
 @pytest.mark.parametrize("b", BLOCKS)
 def test_many_tiles(b: int, isa: str) -> None:
     """More tokens and features than one tile holds."""

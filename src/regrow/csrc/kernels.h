@@ -112,24 +112,40 @@ void pack_panel(const float* x, int64_t x_width, int64_t blocks, int64_t n_token
 
 // One register tile: Mm token groups by PW outputs of one block row, over `n` of its blocks.
 //   out[m] (lanes (output, token)) = bias + sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
-// The bias comes last: a sum that starts at a large bias rounds every small product to the bias's precision.
+// Rounding: a long row is summed in segments, because the error of one chain of additions grows with its length, and
+// the bias comes last, because a sum that starts at a large bias rounds every small product to the bias's precision.
 template <int B, int Mm>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
                        const float* bias, float* out, int64_t out_stride, bool streaming) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
-    V acc[Mm][NV] = {};
-    for (int64_t p = 0; p < n; ++p, w += B * B) {
-        const float* xp = panel + idx[p] * stride;
-        const float* wp = w;
+    constexpr int64_t kSegment = B < 128 ? 128 / B : 1;
+    V acc[Mm][NV];
+    float before[Mm * NV * W] __attribute__((aligned(64)));  // the segments already summed
+    for (bool first = true;; first = false) {
+        unroll<Mm>([&](auto m) LAMBDA { unroll<NV>([&](auto v) LAMBDA { acc[m][v] = V{}; }); });
+        for (int64_t left = min64(n, kSegment); left > 0; --left, ++idx, w += B * B) {
+            const float* xp = panel + *idx * stride;
+            const float* wp = w;
 #pragma GCC unroll 2
-        for (int k = 0; k < B; ++k, xp += G, wp += PW) {
-            V wv[NV];
-            unroll<NV>([&](auto v) LAMBDA { wv[v] = expand<G>(wp + v * W); });
+            for (int k = 0; k < B; ++k, xp += G, wp += PW) {
+                V wv[NV];
+                unroll<NV>([&](auto v) LAMBDA { wv[v] = expand<G>(wp + v * W); });
+                unroll<Mm>([&](auto m) LAMBDA {
+                    const V xv = bcast<G>(xp + m * (B * G));
+                    unroll<NV>([&](auto v) LAMBDA { acc[m][v] += wv[v] * xv; });
+                });
+            }
+        }
+        n -= kSegment;
+        if (!first) {
             unroll<Mm>([&](auto m) LAMBDA {
-                const V xv = bcast<G>(xp + m * (B * G));
-                unroll<NV>([&](auto v) LAMBDA { acc[m][v] += wv[v] * xv; });
+                unroll<NV>([&](auto v) LAMBDA { acc[m][v] += load(before + (m * NV + v) * W); });
             });
         }
+        if (n <= 0) break;
+        unroll<Mm>([&](auto m) LAMBDA {
+            unroll<NV>([&](auto v) LAMBDA { store(before + (m * NV + v) * W, acc[m][v]); });
+        });
     }
     unroll<NV>([&](auto v) LAMBDA {
         const V end = bias ? load_any(bias + v * W) : V{};
