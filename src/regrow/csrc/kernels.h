@@ -118,7 +118,7 @@ template <int B, int Mm>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
                        const float* bias, float* out, int64_t out_stride, bool streaming) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
-    constexpr int64_t kSegment = B < 128 ? 128 / B : 1;
+    constexpr int64_t kSegment = 128 / B;  // blocks
     V acc[Mm][NV];
     float before[Mm * NV * W] __attribute__((aligned(64)));  // the segments already summed
     for (bool first = true;; first = false) {

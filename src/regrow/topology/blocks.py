@@ -7,8 +7,6 @@ overwrites the coordinates of dead slots and re-sorts *indices*; no value and no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -207,13 +205,6 @@ class BlockTopology(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.n_block_rows} x {self.n_block_cols} positions, n_blocks={self.n_blocks}"
-
-
-def named_topologies(model: nn.Module) -> Iterator[tuple[str, BlockTopology]]:
-    """Every :class:`BlockTopology` of a model with its qualified name, in the order of ``named_modules``."""
-    for name, module in model.named_modules():
-        if isinstance(module, BlockTopology):
-            yield name, module
 
 
 def check_counts(n_block_rows: int, n_block_cols: int, n_blocks: int) -> None:

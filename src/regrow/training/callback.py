@@ -50,7 +50,6 @@ class RegrowCallback(TrainerCallback):
         self.method, self.n_updates, self.drop_fraction, self.decay = method, n_updates, drop_fraction, decay
         self.seed, self.on_update = seed, on_update
         self.updater: TopologyUpdater | None = None
-        self.last_records: list[UpdateRecord] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,10 +69,8 @@ class RegrowCallback(TrainerCallback):
     ) -> None:
         assert self.updater is not None  # on_train_begin ran
         records = self.updater.step()
-        if records:
-            self.last_records = records
-            if self.on_update is not None:
-                self.on_update(records)
+        if records and self.on_update is not None:
+            self.on_update(records)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _checkpoint_folder(args, state)
