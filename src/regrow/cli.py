@@ -65,18 +65,16 @@ def pretrain(argv: Sequence[str]) -> int:
 
 def methods(argv: Sequence[str]) -> int:
     """list the sparse-training methods"""
-    from regrow.methods import available, method_class
+    from regrow.methods.catalog import listing, markdown
 
-    parser = _OneLineParser(prog="regrow methods", description="List the sparse-training methods.")
-    parser.parse_args(argv)
-    for name in available():
-        cls = method_class(name)
-        kind = "always sparse" if cls.always_sparse else "not always sparse"
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        print(f"{name:12} {kind:18} {summary}")
-        for field in fields(cls):  # type: ignore[arg-type]
-            flag = "--" + field.name.replace("_", "-")
-            print(f"    {flag} (default {field.default})  {field.metadata.get('help', '')}")
+    parser = _OneLineParser(
+        prog="regrow methods",
+        description="List the sparse-training methods: year, always sparse or not, what they look at, what an update "
+        "costs, and their options.",
+        epilog="example: regrow pretrain --method gse --sampling norms",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print docs/methods.md instead")
+    print(markdown() if parser.parse_args(argv).markdown else listing())
     return 0
 
 

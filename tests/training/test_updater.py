@@ -148,7 +148,7 @@ def test_group_lasso_acts_after_every_step_with_the_current_rate() -> None:
 
     model, opt = model_and_optimizer()
     method = create("dynsparse", group_lasso=3.0)
-    updater = TopologyUpdater(model, opt, method, schedule=UpdateSchedule(10, 1))
+    updater = TopologyUpdater(model, opt, method, schedule=UpdateSchedule(10, 2))
     opt.param_groups[0]["lr"] = 0.5
     expected = [layer.values.detach().clone() for layer in updater.layers.values()]
     for values in expected:

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from regrow.bert.masking import IGNORE
 from regrow.nn import named_sparse_layers, sparsify
+from regrow.topology.distribution import Distribution
 
 ENCODER = "bert.encoder.*"
 """The layers the paper makes sparse: Q, K, V, attention output and both feed-forward ones of every layer."""
@@ -73,7 +74,14 @@ def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets)
 
 
-def build_model(config: BertConfig, *, density: float | None, block_size: int, seed: int = 0) -> BertForPreTraining:
+def build_model(
+    config: BertConfig,
+    *,
+    density: float | None,
+    block_size: int,
+    distribution: Distribution = "uniform",
+    seed: int = 0,
+) -> BertForPreTraining:
     """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
 
     The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
@@ -82,7 +90,7 @@ def build_model(config: BertConfig, *, density: float | None, block_size: int, s
     with torch.device("meta"):
         model = BertForPreTraining(config)
     if density is not None:
-        sparsify(model, density=density, block_size=block_size, include=ENCODER, seed=seed)
+        sparsify(model, density=density, block_size=block_size, distribution=distribution, include=ENCODER, seed=seed)
     for module in model.modules():
         if any(tensor.is_meta for tensor in [*module.parameters(False), *module.buffers(False)]):
             module.to_empty(device="cpu", recurse=False)

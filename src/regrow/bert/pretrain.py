@@ -26,11 +26,15 @@ from regrow.bert.trainer import PretrainingTrainer, ProgressBar
 from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
 from regrow.methods import Method
+from regrow.nn import named_sparse_layers
 from regrow.nn.linear import check_block_size
-from regrow.optim import parameter_groups, sparse_learning_rate
-from regrow.topology.distribution import check_density
+from regrow.optim import AdamW, parameter_groups, supar_init_factor
+from regrow.optim.groups import LrScope
+from regrow.optim.lr_rules import LrRule
+from regrow.topology.distribution import Distribution, check_density
 from regrow.training import RegrowCallback, UpdateSchedule
 from regrow.training.interrupt import StopOnSignal
+from regrow.training.updater import check_trainable
 
 _PREDICTED = 20 / 128
 """Most positions predicted, as a share of the length: BERT's 20 of 128."""
@@ -52,6 +56,9 @@ class PretrainConfig:
     output: str = _option("runs/pretrain", "run directory; must be new or empty unless --resume")
     size: str = _option("tiny", "tiny, mini, small, medium, base or large")
     density: float = _option(0.1, "share of encoder blocks that exist, in (0, 1]; 0.1 is 90%% sparse")
+    distribution: str = _option(
+        "uniform", "how density varies over layers: uniform, er, erk, or GLOB=DENSITY,... of layer names"
+    )
     block_size: int = _option(16, "edge of a block: 1, 4, 8, 16, 32 or 64")
     method: str = _option("dynsparse", "how the pattern moves; its own options are listed below")
     dense: bool = _option(False, "train the ordinary dense model instead: the baseline to compare with")
@@ -59,10 +66,17 @@ class PretrainConfig:
     batch_size: int = _option(32, "sequences in a step")
     max_length: int = _option(128, "tokens of a sequence")
     learning_rate: float | None = _option(
-        None, "peak learning rate; by default the size's dense optimum raised for the sparsity (the paper's Eq. 3)"
+        None, "peak learning rate of every parameter; by default the size's dense optimum, raised by --lr-rule"
     )
+    lr_rule: LrRule = _option("eq3", "how a density raises it: eq3 (the paper's), inverse (1/density), supar, none")
+    lr_scope: LrScope = _option("all", "which parameters that rule is for: the sparse ones or all")
+    base_width: int | None = _option(None, "hidden size the dense optimum was tuned at, for supar; by default this one")
     warmup: float = _option(0.05, "share of the steps over which the learning rate rises; then it falls to 0")
     weight_decay: float = _option(0.01, "decoupled decay of weights; biases and norms never decay")
+    block_steps: bool = _option(True, "Adam's bias correction counts each block's steps from its allocation")
+    block_warmup: int | None = _option(
+        None, "steps over which a re-allocated block warms up; by default the method's own (smet: 100), else 0"
+    )
     max_grad_norm: float = _option(1.0, "clip the global gradient norm; 0 is off")
     dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
     n_updates: int | None = _option(
@@ -70,6 +84,8 @@ class PretrainConfig:
     )
     drop_fraction: float = _option(0.5, "share of blocks the first update moves (the paper's pr)")
     decay: Literal["cosine", "linear", "constant"] = _option("cosine", "how that share falls to 0 over training")
+    final_fraction: float = _option(0.0, "what that share falls to instead of 0")
+    stop_updates: float = _option(1.0, "share of the training after which the pattern rests")
     tokenizer: str | None = _option(None, "vocab.txt, tokenizer.json or a directory; by default trained on the corpus")
     vocab_size: int = _option(30522, "size of a tokenizer trained on the corpus")
     text_field: str = _option("text", "name of the text column in .jsonl, .parquet and hub data")
@@ -86,26 +102,58 @@ class PretrainConfig:
     @property
     def updates(self) -> int:
         """Number of segments between topology updates."""
-        return self.n_updates if self.n_updates is not None else max(1, min(160, self.steps // 50))
+        return self.n_updates if self.n_updates is not None else max(min(2, self.steps), min(160, self.steps // 50))
 
     @property
-    def peak_lr(self) -> float:
-        """Peak learning rate: given, or by rule."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return sparse_learning_rate(size_named(self.size).dense_lr, 1.0 if self.dense else self.density)
+    def schedule(self) -> UpdateSchedule:
+        """When the topology moves, and how much of it."""
+        return UpdateSchedule(
+            self.steps, self.updates, self.drop_fraction, self.decay, self.final_fraction, self.stop_updates
+        )
+
+    @property
+    def densities(self) -> Distribution:
+        """``distribution`` as :func:`regrow.sparsify` takes it."""
+        if "=" not in self.distribution:
+            return self.distribution
+        try:
+            pairs = (part.rsplit("=", 1) for part in self.distribution.split(","))
+            return {glob.strip(): float(density) for glob, density in pairs}
+        except ValueError:
+            raise RegrowError(
+                f"distribution must be uniform, er, erk or GLOB=DENSITY,..., got {self.distribution!r}"
+            ) from None
+
+    @property
+    def width_ratio(self) -> float:
+        """Hidden size over the one the dense optimum was tuned at."""
+        return 1.0 if self.base_width is None else size_named(self.size).hidden / self.base_width
+
+    def groups(self, model: BertForPreTraining) -> list[dict[str, Any]]:
+        """Parameter groups with their peak learning rates: all the given one, or by rule from the dense optimum."""
+        given = self.learning_rate is not None
+        return parameter_groups(
+            model,
+            self.weight_decay,
+            lr=self.learning_rate if given else size_named(self.size).dense_lr,
+            lr_rule="none" if given else self.lr_rule,
+            lr_scope=self.lr_scope,
+            width_ratio=self.width_ratio,
+        )
 
     def check(self) -> None:
         """Raise :class:`RegrowError` for a value no run can use, before anything is read or written."""
         size = size_named(self.size)
         check_density(self.density)
         check_block_size(size.hidden, 4 * size.hidden, self.block_size)
-        UpdateSchedule(max(self.steps, 1), self.updates, self.drop_fraction, self.decay)
         for name in ("steps", "batch_size", "eval_sequences", "save_steps", "keep_checkpoints", "logging_steps"):
             if getattr(self, name) < 1:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.peak_lr <= 0:
-            raise RegrowError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("learning_rate", "base_width"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RegrowError(f"{name} must be positive, got {value}")
+        _ = self.schedule, self.densities
         if not 0 <= self.warmup <= 1:
             raise RegrowError(f"warmup is a share of the steps in [0, 1], got {self.warmup}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
@@ -149,6 +197,9 @@ def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) ->
     tokenizer = load_tokenizer(run.path) if resume else _tokenizer(config)
     train, heldout = _data(config, tokenizer)
     model = _model(config, len(tokenizer))
+    optimizer = _optimizer(config, method, model)
+    if not config.dense:  # refuse now what the first update would
+        check_trainable(dict(named_sparse_layers(model)), optimizer, method, config.schedule)
     if not resume:
         run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
         tokenizer.save_pretrained(run.path)
@@ -161,7 +212,7 @@ def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) ->
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=tokenizer,
-        optimizers=(_optimizer(config, model), None),
+        optimizers=(optimizer, None),
         callbacks=[callback for callback in (topology, stop, progress) if callback is not None],
         run=run,
         topology=topology,
@@ -186,7 +237,7 @@ def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) ->
         step=trainer.state.global_step,
         before=before,
         after=after,
-        density=1.0 if config.dense else config.density,
+        density=1.0 if config.dense else _density(model),
         coverage=topology.updater.coverage if topology and topology.updater else None,
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
@@ -228,20 +279,31 @@ def _model(config: PretrainConfig, vocab_size: int) -> BertForPreTraining:
     set_seed(config.seed)
     bert = bert_config(config.size, vocab_size=vocab_size, max_length=config.max_length, dropout=config.dropout)
     density = None if config.dense else config.density
-    return build_model(bert, density=density, block_size=config.block_size, seed=config.seed)
+    model = build_model(
+        bert, density=density, block_size=config.block_size, distribution=config.densities, seed=config.seed
+    )
+    if config.lr_rule == "supar":
+        for _, layer in named_sparse_layers(model):
+            layer.values.data *= supar_init_factor(layer.density, config.width_ratio)
+    return model
 
 
-def _optimizer(config: PretrainConfig, model: BertForPreTraining) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
+def _optimizer(config: PretrainConfig, method: Method, model: BertForPreTraining) -> AdamW:
+    options: dict[str, Any] = {"block_steps": config.block_steps} | method.optimizer_options()
+    if config.block_warmup is not None:
+        options["regrow_warmup"] = config.block_warmup
+    return AdamW(config.groups(model), betas=(0.9, 0.999), eps=1e-6, **options)
 
 
 def _topology(config: PretrainConfig, method: Method, run: RunDirectory) -> RegrowCallback:
+    schedule = config.schedule
     return RegrowCallback(
         method,
-        n_updates=config.updates,
-        drop_fraction=config.drop_fraction,
-        decay=config.decay,
+        n_updates=schedule.n_updates,
+        drop_fraction=schedule.drop_fraction,
+        decay=schedule.decay,
+        final_fraction=schedule.final_fraction,
+        stop=schedule.stop,
         seed=config.seed,
         on_update=run.log_updates,
     )
@@ -269,6 +331,12 @@ def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def _density(model: BertForPreTraining) -> float:
+    """Share of the sparse layers' weights that exist now: a method may have changed it."""
+    layers = [layer for _, layer in named_sparse_layers(model)]
+    return sum(layer.values.numel() for layer in layers) / sum(x.in_features * x.out_features for x in layers)
 
 
 def _evaluations(run: RunDirectory, step: int) -> tuple[dict[str, float] | None, dict[str, float] | None]:

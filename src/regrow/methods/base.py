@@ -1,7 +1,7 @@
 """What a sparse-training method is, and how it is found by name.
 
 A method is a frozen dataclass in one file. Its fields are its options; its functions are pure: they look at
-:class:`Signals` and return a :class:`~regrow.TopologyUpdate`. Applying it is the updater's business.
+:class:`~regrow.methods.Signals` and return data. Applying it is the updater's business.
 """
 
 from __future__ import annotations
@@ -10,39 +10,27 @@ import dataclasses
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
+from regrow.methods.signals import Signals
 from regrow.topology import BlockTopology, TopologyUpdate
 
 ENTRY_POINT_GROUP = "regrow.methods"
 
 
 @dataclasses.dataclass(frozen=True)
-class Signals:
-    """What a method may look at when one layer is updated.
+class LayerSize:
+    """A layer in numbers, to count what an update costs."""
 
-    Args:
-        values: [n_blocks, b, b] the layer's blocks, by slot.
-        topology: where the slots are.
-        fraction: share of blocks the schedule asks to move, in [0, 1].
-        generator: the only source of randomness a method may use; seeded alike on every rank.
-    """
-
-    values: Tensor
-    topology: BlockTopology
-    fraction: float
-    generator: torch.Generator
-
-    @property
-    def n_moved(self) -> int:
-        """Number of blocks the schedule asks to move, ``round(fraction * n_blocks)``."""
-        return round(self.fraction * self.topology.n_blocks)
+    in_features: int
+    out_features: int
+    block_size: int
+    n_blocks: int
 
 
 class Method(ABC):
@@ -52,15 +40,44 @@ class Method(ABC):
     """
 
     name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    """Authors and title."""
+    year: ClassVar[int] = 0
+    link: ClassVar[str] = ""
     always_sparse: ClassVar[bool] = True
-    """No tensor of a dense weight's size is ever formed."""
+    """Nothing of a dense weight's size or cost is ever computed."""
+    moves: ClassVar[bool] = True
+    """Whether the pattern changes at all."""
+    needs_gradient: ClassVar[bool] = False
+    """``signals.gradient`` is present; :meth:`propose` is then called during the backward pass of the update step."""
+
+    exact_budget: ClassVar[bool] = True
+    """A layer ends an update with exactly ``signals.n_after`` blocks; else it may lack less than one per block row."""
 
     @abstractmethod
     def propose(self, signals: Signals) -> TopologyUpdate | None:
         """The blocks to move, or ``None`` to leave the layer alone. Must not change anything."""
 
+    def allocate(self, layers: Mapping[str, Signals]) -> dict[str, int]:
+        """How many blocks each layer has after this update; by default as many as before.
+
+        Called once per update, before any :meth:`propose`, without ``gradient``.
+        """
+        return {name: signals.topology.n_blocks for name, signals in layers.items()}
+
+    def check_layer(self, name: str, topology: BlockTopology) -> None:
+        """Raise :class:`RegrowError` if a layer cannot be trained with this method; called before the first step."""
+
     def regularise_(self, values: Tensor, lr: float) -> None:
         """Decoupled shrinkage of ``values`` in place, once after every optimizer step; nothing by default."""
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Arguments of :class:`regrow.optim.AdamW` that belong to the method."""
+        return {}
+
+    def update_flops(self, layer: LayerSize, tokens: int) -> int:
+        """FLOPs of one update of a layer beyond ordinary training, comparisons not counted."""
+        return 0
 
 
 M = TypeVar("M", bound=type[Method])
@@ -95,8 +112,8 @@ def available() -> list[str]:
     """Names of all methods: this package's and those of the entry-point group ``regrow.methods``.
 
     Example:
-        >>> available()
-        ['dynsparse', 'static']
+        >>> {"dynsparse", "static"} <= set(available())
+        True
     """
     _discover()
     return sorted(_REGISTRY)

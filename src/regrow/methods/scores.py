@@ -1,7 +1,8 @@
-"""How strong a block is."""
+"""How strong a block is, and which are the weakest and the strongest."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -38,3 +39,41 @@ def weakest(scores: Tensor, k: int) -> Tensor:
         tensor([1, 2])
     """
     return torch.argsort(scores, stable=True)[:k]
+
+
+def strongest(pieces: Iterable[tuple[Tensor, Tensor]], k: int, *, excluded: Tensor) -> Tensor:
+    """Positions of the ``k`` largest scores of ``(positions, scores)`` pieces in ascending order; ties go to the lower.
+
+    Memory is that of one piece and the result.
+
+    Example:
+        >>> low, high = torch.tensor([0, 1]), torch.tensor([2, 3])
+        >>> pieces = [(low, torch.tensor([5.0, 1.0])), (high, torch.tensor([1.0, 9.0]))]
+        >>> strongest(pieces, 2, excluded=torch.tensor([0])).tolist()
+        [3, 1]
+    """
+    best = excluded.new_empty(0)
+    best_scores = torch.empty(0, device=excluded.device)
+    for positions, scores in pieces:
+        allowed = ~torch.isin(positions, excluded)
+        positions = torch.cat([best, positions[allowed]])
+        scores = torch.cat([best_scores.to(scores.dtype), scores[allowed]])
+        order = torch.argsort(scores, descending=True, stable=True)[:k]
+        best, best_scores = positions[order], scores[order]
+    return best
+
+
+def random_keys(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Keys whose ``k`` largest are a sample without replacement with probability proportional to ``weights``.
+
+    ``log w + Gumbel noise`` (Efraimidis and Spirakis 2006 in logarithms). Weight 0 is drawn only when nothing else is
+    left, then uniformly.
+
+    Example:
+        >>> keys = random_keys(torch.tensor([0.0, 1.0, 0.0]), torch.Generator().manual_seed(0))
+        >>> int(keys.argmax())
+        1
+    """
+    uniform = torch.rand(weights.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300).to(weights.device)
+    tiny = -1e6  # below the logarithm of every positive weight
+    return torch.where(weights > 0, weights.double().log(), tiny) - (-uniform.log()).log()

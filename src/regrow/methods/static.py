@@ -16,13 +16,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from regrow.methods.base import Method, Signals, register
+from regrow.methods.base import Method, register
+from regrow.methods.signals import Signals
 
 
 @register("static")
 @dataclass(frozen=True)
 class Static(Method):
     """Keep the random pattern of the start."""
+
+    paper = "Evci et al., Rigging the Lottery (as a baseline)"
+    year = 2020
+    link = "https://arxiv.org/abs/1911.11134"
+    moves = False
 
     def propose(self, signals: Signals) -> None:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -114,6 +116,16 @@ class BlockSparseLinear(nn.Module):
         b, (rows, cols) = self.block_size, self.topology.coordinates()
         grid = weight.view(self.topology.n_block_rows, b, self.topology.n_block_cols, b)
         self.values.copy_(grid[rows, :, cols])
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Take over the saved number of blocks, which a method with a moving density may have changed."""
+        values, slot = state_dict.get(prefix + "values"), state_dict.get(prefix + "topology.slot")
+        if values is not None and slot is not None and not self.values.is_meta:
+            fits = values.shape[1:] == self.values.shape[1:] and values.shape[:1] == slot.shape
+            if fits and slot.shape != self.topology.slot.shape:
+                self.topology.resize(len(slot))
+                self.values.data = self.values.new_empty(values.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (

@@ -16,6 +16,7 @@ from regrow.nn.layout import record_layout
 from regrow.nn.linear import BlockSparseLinear, check_block_size
 from regrow.nn.speed import known_speeds
 from regrow.topology import layer_densities
+from regrow.topology.distribution import Distribution
 
 Model = TypeVar("Model", bound=nn.Module)
 Globs = str | Sequence[str]
@@ -35,7 +36,7 @@ def sparsify(
     block_size: int,
     include: Globs = "*",
     exclude: Globs = (),
-    distribution: str = "uniform",
+    distribution: Distribution = "uniform",
     init: Literal["truncated_normal", "keep"] = "truncated_normal",
     on_mismatch: Literal["error", "skip"] = "error",
     on_slow: Literal["ignore", "warn"] = "ignore",
@@ -48,7 +49,8 @@ def sparsify(
         block_size: edge of a block, one of 1, 4, 8, 16, 32, 64.
         include, exclude: one glob or several over qualified module names, ``"bert.encoder.*"``; a layer is
             replaced if any ``include`` and no ``exclude`` matches.
-        distribution: how density varies over layers; ``"uniform"``.
+        distribution: how density varies over layers: ``"uniform"``, ``"er"``, ``"erk"``, or ``{glob: density}`` where
+            ``density`` is that of the layers no glob matches. Q, K and V count as layers of their own.
         init: ``"truncated_normal"`` draws new values as the paper does; ``"keep"`` copies the dense weight's
             values at the chosen blocks. The bias is kept with ``"keep"``, zeroed otherwise.
         on_mismatch: a layer that the block does not divide is an error, or is left dense with one warning.

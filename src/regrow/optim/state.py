@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from regrow.errors import RegrowError
+from regrow.optim.adamw import AdamW
 
 
 @torch.no_grad()
@@ -32,16 +33,80 @@ def reset_slots_(optimizer: Optimizer, parameter: Tensor, slots: Tensor) -> None
         >>> [round(x, 4) for x in adam.state[p]["exp_avg"].flatten().tolist()]
         [0.1, 0.0, 0.1]
     """
-    n_blocks = parameter.shape[0]
+    if isinstance(optimizer, AdamW):
+        optimizer.start_block_steps(parameter)
+    for entry in _entries_by_block(optimizer, parameter, parameter.shape[0]).values():
+        entry[slots.to(entry.device)] = 0
+
+
+@torch.no_grad()
+def resize_slots_(optimizer: Optimizer, old: Tensor, new: Tensor, kept: Tensor) -> None:
+    """Put a parameter with another number of blocks in the place of ``old``, with the state of the slots it keeps.
+
+    Args:
+        old: [n_blocks, b, b] the parameter the optimizer holds.
+        new: [n_kept + n_new, b, b] the one it is to hold.
+        kept: [n_kept] integer, slots of ``old`` in the order of ``new``; state of the ones behind them begins at zero.
+
+    Raises:
+        RegrowError: as :func:`reset_slots_`; nothing has changed then.
+    """
+    n_new = new.shape[0] - kept.numel()
+    if n_new and isinstance(optimizer, AdamW):
+        optimizer.start_block_steps(old)
+    by_block = _entries_by_block(optimizer, old, old.shape[0])
+    if old in optimizer.state:
+        state = optimizer.state.pop(old)
+        optimizer.state[new] = {
+            name: resized(entry, kept, n_new) if name in by_block else entry for name, entry in state.items()
+        }
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+
+
+def resized(tensor: Tensor, kept: Tensor, n_new: int) -> Tensor:
+    """Rows ``kept`` of a tensor, and ``n_new`` rows of zeros behind them.
+
+    Example:
+        >>> resized(torch.tensor([5, 6, 7]), torch.tensor([0, 2]), 1)
+        tensor([5, 7, 0])
+    """
+    return torch.cat([tensor[kept.to(tensor.device)], tensor.new_zeros(n_new, *tensor.shape[1:])])
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise unless the optimizer's state can follow blocks; known after one step on a throw-away parameter.
+
+    Raises:
+        RegrowError: as :func:`reset_slots_`. An optimizer that cannot be built from its own defaults is not tried.
+    """
+    probe = torch.nn.Parameter(torch.ones(3, 2, 2))
+    try:
+        twin = type(optimizer)([probe], **optimizer.defaults)
+        probe.grad = torch.ones_like(probe)
+        twin.step()
+    except Exception:
+        return  # it wants more than a parameter and its gradient; its real state is checked at the first update
+    _entries_by_block(twin, probe, 3)
+
+
+def _entries_by_block(optimizer: Optimizer, parameter: Tensor, n_blocks: int) -> dict[str, Tensor]:
+    """The state tensors whose first dimension is the slots. Single numbers belong to the whole tensor.
+
+    Raises:
+        RegrowError: there is state of another shape.
+    """
+    found = {}
     for name, entry in optimizer.state.get(parameter, {}).items():
         if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape[0] == n_blocks:
-            entry[slots.to(entry.device)] = 0
+            found[name] = entry
         elif not _is_single_number(entry):
             kind = f"shape {list(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
             raise RegrowError(
                 f"{type(optimizer).__name__} keeps state {name!r} of {kind} for a layer of {n_blocks} blocks, which "
                 "cannot be mapped to blocks; use an optimizer with element-wise state such as AdamW"
             )
+    return found
 
 
 def _is_single_number(entry: object) -> bool:

@@ -128,41 +128,59 @@ class BlockTopology(nn.Module):
 
     @torch.no_grad()
     def set_coordinates(self, rows: Tensor, cols: Tensor) -> None:
-        """Place slot ``k`` at ``(rows[k], cols[k])`` for all ``k`` and rebuild every index array in place.
+        """Place slot ``k`` at ``(rows[k], cols[k])`` for all ``k`` and rebuild every index array.
+
+        The arrays are written in place; another number of slots than before makes new ones.
 
         Raises:
             RegrowError: a coordinate is out of range, or two slots share a position.
         """
         rows, cols = rows.to(self.slot.device).long(), cols.to(self.slot.device).long()
-        if rows.shape != (self.n_blocks,) or cols.shape != (self.n_blocks,):
-            raise RegrowError(
-                f"rows and cols must have shape [{self.n_blocks}], got {list(rows.shape)} and {list(cols.shape)}"
-            )
+        if rows.dim() != 1 or rows.shape != cols.shape:
+            raise RegrowError(f"rows and cols must be 1-D of one length, got {list(rows.shape)} and {list(cols.shape)}")
         _check_range("rows", rows, self.n_block_rows)
         _check_range("cols", cols, self.n_block_cols)
         keys = rows * self.n_block_cols + cols
         order = torch.argsort(keys)
         if bool((keys[order].diff() == 0).any()):
             raise RegrowError("two slots share one block position; every position may be listed once")
+        if rows.numel() != self.n_blocks:
+            self.resize(rows.numel())
         self.slot.copy_(order)
         self.col_idx.copy_(cols[order])
         self.row_ptr.copy_(_pointers(rows, self.n_block_rows))
         self._derive(rows, cols)
 
-    def reallocate(self, update: TopologyUpdate) -> None:
-        """Move the slots an update names to their new positions; all other slots stay where they are.
+    def reallocate(self, update: TopologyUpdate) -> Tensor:
+        """Apply an update; slots it does not name keep their positions.
+
+        Returns:
+            int64 ``[n_kept]``: the old slots that live on (moved ones included), in their new order; a layer that
+            grows has new slots behind them.
 
         Raises:
-            RegrowError: a slot is named twice or out of range, or the result would hold a position twice.
+            RegrowError: a slot is named twice or out of range, or the result would hold a position twice; nothing
+                has changed then.
         """
         slots = update.slots.to(self.slot.device).long()
         _check_range("slots", slots, self.n_blocks)
         if torch.unique(slots).numel() != slots.numel():
             raise RegrowError("a TopologyUpdate names one slot twice; every slot may move once per update")
         rows, cols = self.coordinates()
-        rows[slots] = update.rows.to(rows)
-        cols[slots] = update.cols.to(cols)
-        self.set_coordinates(rows, cols)
+        new_rows, new_cols, n = update.rows.to(rows), update.cols.to(cols), update.n_moved
+        rows[slots[:n]], cols[slots[:n]] = new_rows[:n], new_cols[:n]
+        lives = torch.ones(self.n_blocks, dtype=torch.bool, device=slots.device)
+        lives[slots[n:]] = False
+        kept = lives.nonzero().flatten()
+        self.set_coordinates(torch.cat([rows[kept], new_rows[n:]]), torch.cat([cols[kept], new_cols[n:]]))
+        return kept
+
+    def resize(self, n_blocks: int) -> None:
+        """Make room for another number of entries; they are meaningless until the next assignment or load."""
+        check_counts(self.n_block_rows, self.n_block_cols, n_blocks)
+        self.n_blocks = n_blocks
+        for name in ("col_idx", "slot", "row_idx_t", "slot_t"):
+            setattr(self, name, torch.zeros(n_blocks, dtype=torch.int32, device=self.row_ptr.device))
 
     @torch.no_grad()
     def validate(self) -> None:

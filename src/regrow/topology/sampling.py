@@ -59,3 +59,37 @@ def sample_free(n: int, occupied: Tensor, k: int, generator: torch.Generator | N
     taken = torch.sort(occupied.long()).values
     free_before = taken - torch.arange(taken.numel(), device=taken.device)
     return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def sample_free_by_group(
+    group_size: int, occupied: Tensor, wanted: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """``wanted[i]`` distinct positions of every group ``i``, uniform over those not ``occupied``; int64, sorted.
+
+    Group ``i`` is the range ``i * group_size .. (i + 1) * group_size - 1``. Draws with replacement whose repetitions
+    and occupied positions are discarded are a uniform sample without replacement.
+
+    Raises:
+        RegrowError: a group has fewer free positions than wanted.
+
+    Example:
+        >>> sample_free_by_group(3, torch.tensor([0, 5]), torch.tensor([2, 1])).tolist()[:2]
+        [1, 2]
+    """
+    n_groups = wanted.numel()
+    free = group_size - torch.bincount(occupied // group_size, minlength=n_groups)
+    if bool((wanted > free).any()):
+        worst = int((free - wanted).argmin())
+        raise RegrowError(
+            f"cannot allocate {int(wanted[worst])} blocks in group {worst}, only {int(free[worst])} are free"
+        )
+    found = occupied.new_empty(0)
+    missing = wanted.clone()
+    groups = torch.arange(n_groups, device=occupied.device)
+    while int(missing.sum()) > 0:
+        group = torch.repeat_interleave(groups, missing)
+        drawn = group * group_size + torch.randint(group_size, (group.numel(),), generator=generator).to(group)
+        drawn = torch.unique(drawn)
+        found = torch.cat([found, drawn[~torch.isin(drawn, torch.cat([occupied, found]))]])
+        missing = wanted - torch.bincount(found // group_size, minlength=n_groups)
+    return found.sort().values

@@ -11,13 +11,18 @@ from regrow.errors import RegrowError
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """Slot ``slots[i]`` is re-allocated to block position ``(rows[i], cols[i])``.
+    """The blocks in ``slots`` go, and blocks at ``(rows[i], cols[i])`` come.
+
+    Slot ``slots[i]`` is re-allocated to position ``(rows[i], cols[i])``. With more positions than slots the layer
+    grows: the last ones get new slots at the end. With more slots than positions it shrinks: the last slots are
+    removed, and those behind them move down.
 
     A method only decides; :class:`regrow.TopologyUpdater` applies. So an update can be logged, replayed,
     broadcast and tested as a value.
 
     Args:
-        slots, rows, cols: integer tensors of one shape ``[n_moved]``.
+        slots: integer ``[n_dropped]``, distinct.
+        rows, cols: integer ``[n_grown]`` each.
     """
 
     slots: Tensor
@@ -26,8 +31,19 @@ class TopologyUpdate:
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(getattr(self, name).shape) for name in ("slots", "rows", "cols")}
-        if len(set(shapes.values())) != 1 or self.slots.dim() != 1:
-            raise RegrowError(f"slots, rows and cols must be 1-D of one length, got {shapes}")
+        if any(len(shape) != 1 for shape in shapes.values()) or shapes["rows"] != shapes["cols"]:
+            raise RegrowError(f"slots, rows and cols must be 1-D, rows and cols of one length, got {shapes}")
 
     def __len__(self) -> int:
-        return self.slots.numel()
+        """Number of blocks that go or come, whichever is more."""
+        return max(self.slots.numel(), self.rows.numel())
+
+    @property
+    def n_moved(self) -> int:
+        """Number of slots that change their position."""
+        return min(self.slots.numel(), self.rows.numel())
+
+    @property
+    def growth(self) -> int:
+        """By how many blocks the layer grows; negative if it shrinks."""
+        return self.rows.numel() - self.slots.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class RegrowCallback(TrainerCallback):
 
     Args:
         method: a name from ``regrow.methods.available()`` or a :class:`~regrow.methods.Method`.
-        n_updates, drop_fraction, decay: see :class:`~regrow.UpdateSchedule`; the total is the Trainer's.
+        n_updates, drop_fraction, decay, final_fraction, stop: see :class:`~regrow.UpdateSchedule`; the total is the
+            Trainer's.
         seed: of the updates.
         on_update: called with the records of every update.
 
@@ -44,17 +46,27 @@ class RegrowCallback(TrainerCallback):
         n_updates: int,
         drop_fraction: float = 0.5,
         decay: Decay = "cosine",
+        final_fraction: float = 0.0,
+        stop: float = 1.0,
         seed: int = 0,
         on_update: Callable[[list[UpdateRecord]], None] | None = None,
     ) -> None:
-        self.method, self.n_updates, self.drop_fraction, self.decay = method, n_updates, drop_fraction, decay
+        self.method = method
+        self.schedule = partial(
+            UpdateSchedule,
+            n_updates=n_updates,
+            drop_fraction=drop_fraction,
+            decay=decay,
+            final_fraction=final_fraction,
+            stop=stop,
+        )
         self.seed, self.on_update = seed, on_update
         self.updater: TopologyUpdater | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        schedule = UpdateSchedule(state.max_steps, self.n_updates, self.drop_fraction, self.decay)
+        schedule = self.schedule(state.max_steps)
         self.updater = TopologyUpdater(
             kwargs["model"], kwargs["optimizer"], self.method, schedule=schedule, seed=self.seed
         )

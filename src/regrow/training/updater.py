@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow.errors import RegrowError
-from regrow.methods import Method, Signals, create
+from regrow.methods import Gradient, Method, Signals, create
 from regrow.nn import BlockSparseLinear, named_sparse_layers
-from regrow.optim import reset_slots_
-from regrow.topology import TopologyUpdate
-from regrow.training.metrics import ExploredPositions, UpdateRecord
+from regrow.nn.layout import record_layout
+from regrow.optim import check_optimizer, reset_slots_, resize_slots_
+from regrow.optim.state import resized
+from regrow.topology import ExploredPositions, TopologyUpdate
+from regrow.training.capture import GradientCapture
+from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import UpdateSchedule
 
 _NEVER = -1
@@ -26,6 +29,7 @@ class _LayerHistory:
     explored: ExploredPositions
     allocated_at: Tensor
     """[n_blocks] int32: step at which each slot was last allocated, 0 for the start."""
+    start_blocks: int
 
 
 class TopologyUpdater:
@@ -33,7 +37,11 @@ class TopologyUpdater:
 
     Call :meth:`step` once after each ``optimizer.step()``. At a scheduled step the method decides for every layer
     which blocks move; the updater then overwrites their coordinates and zeroes their values and optimizer state.
-    Survivors are not touched: their values and moments stay bitwise the same.
+    Survivors are not touched: their values and moments stay bitwise the same. A layer without a free position is left
+    alone unless its density falls.
+
+    A method that needs gradients sees them in the backward pass of the update step and decides there, layer by layer,
+    so that no activation is kept longer; see :class:`~regrow.training.capture.GradientCapture`.
 
     Randomness comes from ``(seed, step, layer name)`` alone. So every rank of a distributed run draws the same
     update, a resumed run the same as an uninterrupted one, and the global random state is never used.
@@ -46,7 +54,8 @@ class TopologyUpdater:
         seed: of the updates.
 
     Raises:
-        RegrowError: the model has no sparse layer, or the optimizer does not hold one's values.
+        RegrowError: the model has no sparse layer, the optimizer does not hold one's values or keeps state that does
+            not belong to blocks, a layer does not suit the method, or the schedule never updates a method that moves.
 
     Example:
         >>> from regrow import BlockSparseLinear
@@ -70,15 +79,22 @@ class TopologyUpdater:
         schedule: UpdateSchedule,
         seed: int = 0,
     ) -> None:
-        self.layers = dict(named_sparse_layers(model))
+        self.model, self.layers = model, dict(named_sparse_layers(model))
         if not self.layers:
             raise RegrowError("the model has no BlockSparseLinear; call regrow.sparsify(model, ...) first")
-        self.optimizer, self.schedule, self.seed = optimizer, schedule, seed
+        # transformers' Trainer hands over a wrapper
+        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.schedule, self.seed = schedule, seed
         self.method = create(method) if isinstance(method, str) else method
+        self._group_index = self._group_of_each_layer()
+        check_trainable(self.layers, self.optimizer, self.method, schedule)
         self.n_steps = 0
         self.last_update_step = _NEVER
-        self._group_index = self._group_of_each_layer()
         self._history = {name: _start_history(layer) for name, layer in self.layers.items()}
+        self._capture = GradientCapture(self.layers, self._propose_with) if self.method.needs_gradient else None
+        self._proposals: dict[str, TopologyUpdate | None] = {}
+        self._targets: dict[str, int] = {}
+        self._prepare()
 
     def step(self) -> list[UpdateRecord]:
         """Count one optimizer step; at a scheduled one update every layer. Returns a record for each layer moved."""
@@ -87,10 +103,18 @@ class TopologyUpdater:
             lr = self.optimizer.param_groups[self._group_index[name]]["lr"]
             self.method.regularise_(layer.values.data, lr)
         if not self.schedule.is_update(self.n_steps):
+            self._prepare()
             return []
-        records = [record for name in self.layers if (record := self._update(name)) is not None]
+        if self._capture is None:
+            self._decide_targets()
+            proposals = {name: self._propose(name, self.n_steps) for name in self._targets}
+        else:
+            self._capture.stop()
+            proposals = self._proposals
+        records = [self._apply(name, update) for name, update in proposals.items() if update]
         if records:
             self.last_update_step = self.n_steps
+        self._prepare()
         return records
 
     @property
@@ -106,6 +130,7 @@ class TopologyUpdater:
         for name, history in self._history.items():
             tensors[f"{name}.explored"] = history.explored.bits
             tensors[f"{name}.allocated_at"] = history.allocated_at
+            tensors[f"{name}.start_blocks"] = torch.tensor(history.start_blocks)
         return tensors
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -114,6 +139,9 @@ class TopologyUpdater:
         Raises:
             RegrowError: an entry is missing, left over, or of another shape or type.
         """
+        for name, layer in self.layers.items():  # whose number of blocks a loaded model may have changed
+            if len(self._history[name].allocated_at) != layer.topology.n_blocks:
+                self._history[name].allocated_at = torch.zeros(layer.topology.n_blocks, dtype=torch.int32)
         expected = self.state_dict()
         if state.keys() != expected.keys():
             odd = sorted(state.keys() ^ expected.keys())[0]
@@ -128,33 +156,70 @@ class TopologyUpdater:
         for name, history in self._history.items():
             history.explored.bits = state[f"{name}.explored"].clone()
             history.allocated_at = state[f"{name}.allocated_at"].clone()
+            history.start_blocks = int(state[f"{name}.start_blocks"])
+        self._prepare()
 
-    def _update(self, name: str) -> UpdateRecord | None:
-        layer = self.layers[name]
-        fraction = self.schedule.fraction(self.n_steps)
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.n_steps, name))
-        update = self.method.propose(Signals(layer.values.data, layer.topology, fraction, generator))
-        if update is None or len(update) == 0:
-            return None
-        old_keys = layer.topology.keys()
-        apply_update(layer, update, self.optimizer)
-        return self._record(name, update, fraction, old_keys)
+    def _prepare(self) -> None:
+        """Before the forward pass of an update step: gradients are wanted."""
+        if self._capture is None:
+            return
+        if not self.schedule.is_update(self.n_steps + 1):
+            self._capture.stop()
+            return
+        self._proposals = {}
+        self._decide_targets()
+        self._capture.start(self._targets)
 
-    def _record(self, name: str, update: TopologyUpdate, fraction: float, old_keys: Tensor) -> UpdateRecord:
+    def _decide_targets(self) -> None:
+        step = self.n_steps + (self._capture is not None)
+        targets = self.method.allocate({name: self._signals(name, step) for name in self.layers})
+        self._targets = {
+            name: target
+            for name, target in targets.items()
+            if target < (layer := self.layers[name]).topology.n_positions or target != layer.topology.n_blocks
+        }
+
+    def _propose_with(self, name: str, x: Tensor, g: Tensor) -> None:
+        gradient = Gradient(x, g, self.layers[name].block_size)
+        self._proposals[name] = self._propose(name, self.n_steps + 1, gradient)
+
+    def _propose(self, name: str, step: int, gradient: Gradient | None = None) -> TopologyUpdate | None:
+        return self.method.propose(replace(self._signals(name, step), target=self._targets[name], gradient=gradient))
+
+    def _signals(self, name: str, step: int) -> Signals:
         layer, history = self.layers[name], self._history[name]
+        state = self.optimizer.state.get(layer.values, {})
+        return Signals(
+            layer.values.data,
+            layer.topology,
+            self.schedule.fraction(step),
+            torch.Generator().manual_seed(_mix(self.seed, step, name)),
+            progress=step / self.schedule.total_steps,
+            start_blocks=history.start_blocks,
+            explored=history.explored,
+            momentum=state.get("exp_avg", state.get("momentum_buffer")),
+        )
+
+    def _apply(self, name: str, update: TopologyUpdate) -> UpdateRecord:
+        layer, history = self.layers[name], self._history[name]
+        old_keys, slots = layer.topology.keys(), update.slots.cpu()
+        fresh = history.allocated_at[slots] == self.last_update_step
+        kept = apply_update(layer, update, self.optimizer).cpu()
+        history.allocated_at[slots[: update.n_moved]] = self.n_steps
+        new = torch.full((max(update.growth, 0),), self.n_steps, dtype=torch.int32)
+        history.allocated_at = torch.cat([history.allocated_at[kept], new])
         keys = layer.topology.keys()
         history.explored.add(keys)
-        slots = update.slots.cpu()
-        fresh = (history.allocated_at[slots] == self.last_update_step).float().mean()
-        history.allocated_at[slots] = self.n_steps
+        if update.growth:
+            record_layout(self.model, self.layers)
         return UpdateRecord(
             step=self.n_steps,
             layer=name,
             n_blocks=layer.topology.n_blocks,
             n_moved=len(update),
-            fraction=fraction,
+            fraction=self.schedule.fraction(self.n_steps),
             coverage=history.explored.coverage,
-            fresh_removed=float(fresh),
+            fresh_removed=float(fresh.float().mean()) if len(fresh) else 0.0,
             churn=float((~torch.isin(keys, old_keys)).float().mean()),
         )
 
@@ -170,19 +235,48 @@ class TopologyUpdater:
         return {name: group_of[id(layer.values)] for name, layer in self.layers.items()}
 
 
+def check_trainable(
+    layers: Mapping[str, BlockSparseLinear], optimizer: Optimizer, method: Method, schedule: UpdateSchedule
+) -> None:
+    """Raise :class:`RegrowError` for what no update could do: known before the first step."""
+    updates = any(schedule.is_update(step) for step in range(1, schedule.total_steps))
+    if method.moves and not updates and schedule.total_steps > 1:
+        raise RegrowError(
+            f"the schedule never updates the topology (n_updates={schedule.n_updates}, stop={schedule.stop}, "
+            f"total_steps={schedule.total_steps}), so {method.name} would be static; raise n_updates, or choose the "
+            "method 'static'"
+        )
+    for name, layer in layers.items():
+        method.check_layer(name, layer.topology)
+    if method.moves:
+        check_optimizer(optimizer)
+
+
 @torch.no_grad()
-def apply_update(layer: BlockSparseLinear, update: TopologyUpdate, optimizer: Optimizer | None = None) -> None:
-    """Move the update's slots; their values and optimizer state become zero, all others stay bitwise the same."""
+def apply_update(layer: BlockSparseLinear, update: TopologyUpdate, optimizer: Optimizer | None = None) -> Tensor:
+    """Carry out an update: blocks that come start with zero values and optimizer state, all others stay bitwise as is.
+
+    Returns:
+        int64 [n_kept]: the old slots that live on, in their new order (:meth:`BlockTopology.reallocate`).
+    """
+    moved = update.slots[: update.n_moved].to(layer.values.device)
     if optimizer is not None:  # first: it may refuse, and then nothing has changed
-        reset_slots_(optimizer, layer.values, update.slots)
-    layer.topology.reallocate(update)
-    layer.values[update.slots.to(layer.values.device)] = 0
+        reset_slots_(optimizer, layer.values, moved)
+    kept = layer.topology.reallocate(update)
+    layer.values[moved] = 0
+    if update.growth:
+        # A new parameter: autograd remembers the shape of the old one for as long as any graph that used it lives.
+        old, layer.values = layer.values, nn.Parameter(resized(layer.values.data, kept, max(update.growth, 0)))
+        if optimizer is not None:
+            resize_slots_(optimizer, old, layer.values, kept)
+    return kept
 
 
 def _start_history(layer: BlockSparseLinear) -> _LayerHistory:
     explored = ExploredPositions(layer.topology.n_positions)
     explored.add(layer.topology.keys())
-    return _LayerHistory(explored, torch.zeros(layer.topology.n_blocks, dtype=torch.int32))
+    n_blocks = layer.topology.n_blocks
+    return _LayerHistory(explored, torch.zeros(n_blocks, dtype=torch.int32), n_blocks)
 
 
 def _mix(seed: int, step: int, name: str) -> int:

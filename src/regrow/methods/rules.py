@@ -1,0 +1,47 @@
+"""Steps that several methods share: from "these blocks go, those positions come" to an update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regrow.errors import RegrowError
+from regrow.methods.signals import Signals
+from regrow.topology import BlockTopology, TopologyUpdate
+
+
+def exchange(topology: BlockTopology, dropped: Tensor, positions: Tensor) -> TopologyUpdate | None:
+    """The update that removes the blocks in slots ``dropped`` and allocates the flat ``positions``.
+
+    Always resets: a position that is removed and drawn again starts from zero, as in the paper.
+    """
+    if dropped.numel() == 0 and positions.numel() == 0:
+        return None
+    return TopologyUpdate(dropped, positions // topology.n_block_cols, positions % topology.n_block_cols)
+
+
+def exchange_keeping(topology: BlockTopology, dropped: Tensor, positions: Tensor) -> TopologyUpdate | None:
+    """As :func:`exchange`, but a block that is dropped and drawn again at its own position just stays.
+
+    Its values and optimizer state are untouched, as in SET and RigL.
+    """
+    keys = topology.keys()[dropped]
+    return exchange(topology, dropped[~torch.isin(keys, positions)], positions[~torch.isin(positions, keys)])
+
+
+def keys_without(topology: BlockTopology, dropped: Tensor) -> Tensor:
+    """Flat positions of the blocks that are not ``dropped``."""
+    lives = torch.ones(topology.n_blocks, dtype=torch.bool, device=dropped.device)
+    lives[dropped] = False
+    return topology.keys()[lives]
+
+
+def n_regrown(signals: Signals, dropped: Tensor) -> int:
+    """How many blocks must come so that the layer ends with ``signals.n_after``."""
+    return signals.n_after - (signals.topology.n_blocks - dropped.numel())
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise unless an option is a share in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise RegrowError(f"{name} must lie in [0, 1], got {value}")

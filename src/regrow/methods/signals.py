@@ -1,0 +1,150 @@
+"""What a method may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from regrow import kernels
+from regrow.errors import RegrowError
+from regrow.methods.scores import Norm, block_norm, strongest
+from regrow.topology import BlockTopology, ExploredPositions
+
+_SHARE = 16  # a piece of a dense gradient holds at most this fraction of its positions
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a method may look at when one layer is updated.
+
+    Args:
+        values: [n_blocks, b, b] the layer's blocks, by slot.
+        topology: where the slots are.
+        fraction: share of blocks the schedule asks to move, in [0, 1].
+        generator: the only source of randomness a method may use; seeded alike on every rank.
+        progress: share of the training that is over, in [0, 1].
+        start_blocks: how many blocks the layer had when training began; the present number if absent.
+        target: how many blocks it must have after the update; the present number if absent.
+        explored: positions it ever used; those in use if absent.
+        momentum: [n_blocks, b, b] the optimizer's running mean of gradients, if it keeps one.
+        gradient: the layer's dense gradient, piece by piece; only for methods with ``needs_gradient``.
+    """
+
+    values: Tensor
+    topology: BlockTopology
+    fraction: float
+    generator: torch.Generator
+    progress: float = 0.0
+    start_blocks: int | None = None
+    target: int | None = None
+    explored: ExploredPositions | None = None
+    momentum: Tensor | None = None
+    gradient: Gradient | None = None
+
+    @property
+    def n_moved(self) -> int:
+        """Number of blocks the schedule asks to move, ``round(fraction * n_blocks)``."""
+        return round(self.fraction * self.topology.n_blocks)
+
+    @property
+    def n_after(self) -> int:
+        """Number of blocks the layer must have after the update."""
+        return self.topology.n_blocks if self.target is None else self.target
+
+
+class Gradient:
+    """The gradient of a layer's full weight, ``G = g^T x``, without ever forming it.
+
+    Asked at candidate positions it is one more ``sddmm``; asked for its strongest positions it is computed in pieces of
+    at most 1/16 of the weight (or one block), each reduced to block norms at once. On several ranks every answer is
+    of the summed gradient, so all ranks decide alike.
+
+    Args:
+        x: [N, in] inputs of the layer.
+        g: [N, out] gradient of its outputs.
+        block_size: ``b``, dividing both.
+
+    Example:
+        >>> gradient = Gradient(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -4.0]]), block_size=1)
+        >>> gradient.at(torch.tensor([1]), torch.tensor([0])).flatten().tolist()
+        [-4.0]
+        >>> gradient.strongest(2, excluded=torch.tensor([3])).tolist()  # G = [[3, 6], [-4, -8]]
+        [1, 2]
+    """
+
+    def __init__(self, x: Tensor, g: Tensor, block_size: int) -> None:
+        if x.shape[0] != g.shape[0] or x.shape[1] % block_size or g.shape[1] % block_size:
+            raise RegrowError(f"x {list(x.shape)} and g {list(g.shape)} do not fit blocks of {block_size}")
+        self.x, self.g, self.block_size = x, g, block_size
+        self.n_block_rows, self.n_block_cols = g.shape[1] // block_size, x.shape[1] // block_size
+
+    def at(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """``[n, b, b]``: the blocks of ``G`` at distinct block positions."""
+        topology = BlockTopology.from_coordinates(
+            rows, cols, n_block_rows=self.n_block_rows, n_block_cols=self.n_block_cols
+        )
+        return _summed(kernels.sddmm(self.g, self.x, *topology.indices(), self.block_size))
+
+    def strongest(self, k: int, *, excluded: Tensor, norm: Norm = "l1") -> Tensor:
+        """Flat positions of the ``k`` blocks of ``G`` of largest norm that are not ``excluded``, strongest first."""
+        return strongest(positions_of(self.norms(norm)), k, excluded=excluded)
+
+    def norms(self, norm: Norm = "l1") -> Iterator[tuple[int, Tensor]]:
+        """Block norms of ``G``, a few block rows at a time: ``(first block row, norms [m, C])``."""
+        b, n_rows, n_cols = self.block_size, self.n_block_rows, self.n_block_cols
+        row_step = max(1, n_rows // _SHARE)
+        col_step = max(1, min(n_cols, n_rows * n_cols // (_SHARE * row_step)))
+        for first in range(0, n_rows, row_step):
+            g = self.g[:, first * b : (first + row_step) * b]
+            parts = []
+            for c in range(0, n_cols, col_step):
+                piece = _summed(g.T @ self.x[:, c * b : (c + col_step) * b])
+                rows, cols = piece.shape[0] // b, piece.shape[1] // b
+                blocks = piece.view(rows, b, cols, b).transpose(1, 2).reshape(rows * cols, b, b)
+                parts.append(block_norm(blocks, norm).view(rows, cols))
+            yield first, torch.cat(parts, dim=1)
+
+    def strengths(self) -> tuple[Tensor, Tensor]:
+        """``([R], [C])``: sums of ``|g|`` over the tokens and features of a block row, of ``|x|`` of a block column."""
+        b = self.block_size
+        rows, cols = (_summed(t.abs().sum(0).view(-1, b).sum(1)) for t in (self.g, self.x))
+        return rows, cols
+
+    def sketches(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``([R], [C])``: block sums of ``|s^T g|`` and ``|s^T x|`` for random signs ``s``, one a token.
+
+        The product of the two signed sketches is an unbiased estimate of ``G``.
+        """
+        b = self.block_size
+        seed = int(torch.randint(2**62, (), generator=generator))  # the shared source may not depend on a rank's tokens
+        own = torch.Generator().manual_seed(seed + _rank())
+        signs = torch.randint(2, (self.x.shape[0],), generator=own).to(self.x) * 2 - 1
+        rows, cols = (_summed(signs @ t).abs().view(-1, b).sum(1) for t in (self.g, self.x))
+        return rows, cols
+
+
+def positions_of(rows: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores by rows as flat pieces: ``(first row, [m, C]) -> (flat positions [m * C], scores [m * C])``."""
+    for first, scores in rows:
+        start = first * scores.shape[1]
+        yield torch.arange(start, start + scores.numel(), device=scores.device), scores.flatten()
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """Over all ranks of a distributed run."""
+    if _distributed():
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+    return tensor
