@@ -36,7 +36,9 @@ def test_help_of_pretrain_lists_every_flag_and_the_methods_options(capsys: pytes
 def test_methods_are_listed_with_their_options(capsys: pytest.CaptureFixture) -> None:
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
-    assert "dynsparse    always sparse" in shown and "static " in shown and "--group-lasso" in shown
+    line = next(line for line in shown.splitlines() if line.startswith("dynsparse "))
+    assert line.split()[:5] == ["dynsparse", "2021", "yes", "values", "none"]
+    assert "static " in shown and "--group-lasso" in shown and "https://arxiv.org/abs/2108.06277" in shown
 
 
 @pytest.mark.parametrize("argv", [["train"], ["--colour"]])

@@ -134,6 +134,34 @@ def test_an_interrupted_run_resumes_to_bitwise_the_same_end(
     assert resumed.after == {**finished.after}
 
 
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("gmp", {"density": 0.8}),
+        ("snfs", {}),
+        ("srigl", {"density": 0.3}),
+        ("gse", {"distribution": "erk", "lr_scope": "sparse"}),
+        ("smet", {"lr_rule": "supar", "learning_rate": None}),
+        ("chts", {"block_size": 4, "distribution": "*.query=0.1,*.intermediate.*=0.05"}),
+    ],
+)
+def test_every_kind_of_method_resumes_to_bitwise_the_same_end(
+    method: str, changes: dict, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pretrain(config(corpus, tmp_path / "whole", **changes), create(method))
+    settings = config(corpus, tmp_path / "run", **changes)
+    with monkeypatch.context() as patch:
+        interrupt_at(STOP_AT, patch)
+        pretrain(settings, create(method))
+    resumed = pretrain(settings, create(method), resume=True)
+    ours, theirs = (load_file(run.path / "model.safetensors") for run in (resumed, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert whole.after["eval_mlm_loss"] < whole.before["eval_mlm_loss"]
+    assert len(list(named_sparse_layers(AutoModelForMaskedLM.from_pretrained(whole.path)))) == 12
+    if method == "gmp":
+        assert whole.density == pytest.approx(0.1, abs=0.02)
+
+
 def test_log_lines_beyond_the_checkpoint_are_dropped_on_resume(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +335,18 @@ def one_line_error(capsys: pytest.CaptureFixture) -> str:
         (["--data", "no/such/file.txt"], "no/such/file.txt"),
         (["--resume"], "nothing to resume there"),
         (["--tokenizer", "no/such/vocab.txt"], "no/such/vocab.txt"),
+        (["--size", "2/100/3"], "HEADS dividing HIDDEN"),
+        (["--distribution", "even"], "unknown distribution 'even'; choose one of uniform, er, erk"),
+        (["--distribution", "*.query=lots"], "distribution must be uniform, er, erk or GLOB=DENSITY"),
+        (["--distribution", "*.nowhere=0.5"], "matches no sparse layer"),
+        (["--distribution", "*.query=1.5"], "distribution['*.query'] must lie in (0, 1]"),
+        (["--steps", "10", "--n-updates", "1"], "the schedule never updates the topology"),
+        (["--stop-updates", "0"], "stop is a share of the training in (0, 1]"),
+        (["--final-fraction", "0.9"], "final_fraction must lie in [0, drop_fraction=0.5]"),
+        (["--method", "srigl", "--density", "0.05"], "which srigl needs; raise density above"),
+        (["--method", "gmp", "--final-density", "0.5"], "below final_density=0.5"),
+        (["--block-warmup", "-1"], "regrow_warmup is a number of steps >= 0"),
+        (["--base-width", "-1"], "base_width must be positive"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -56,6 +56,30 @@ def test_reallocation_moves_the_named_slots_and_no_other(topology: BlockTopology
     assert torch.equal(after[slots], positions)
 
 
+@given(topologies(), st.integers(0, 99))
+def test_a_layer_grows_and_shrinks_around_its_survivors(topology: BlockTopology, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    before, n, cols = topology.keys(), topology.n_blocks, topology.n_block_cols
+    slots = sample_distinct(n, int(torch.randint(n, (), generator=generator)), generator)
+    free = topology.n_positions - n
+    positions = topology.free_positions(int(torch.randint(free + 1, (), generator=generator)), generator)
+    update = TopologyUpdate(slots, positions // cols, positions % cols)
+    kept = topology.reallocate(update)
+    assert_consistent(topology)
+    assert topology.n_blocks == n + update.growth == len(kept) + max(update.growth, 0)
+    expected = before.clone()
+    expected[slots[: update.n_moved]] = positions[: update.n_moved]
+    assert torch.equal(topology.keys(), torch.cat([expected[kept], positions[update.n_moved :]]))
+    assert kept.tolist() == sorted(set(range(n)) - set(slots[update.n_moved :].tolist()))
+
+
+def test_an_update_that_leaves_nothing_is_refused() -> None:
+    topology, empty = BlockTopology.random(2, 2, 2), torch.empty(0, dtype=torch.int64)
+    with pytest.raises(RegrowError, match="n_blocks must lie between 1 and 4"):
+        topology.reallocate(TopologyUpdate(torch.tensor([0, 1]), empty, empty))
+    assert topology.n_blocks == 2
+
+
 def test_state_dict_round_trip_rebuilds_the_derived_arrays() -> None:
     source = BlockTopology.random(6, 7, 20, torch.Generator().manual_seed(0))
     target = BlockTopology(6, 7, 20)
@@ -106,7 +130,7 @@ def test_bad_updates_change_nothing(slots: list, rows: list, cols: list, message
 
 def test_update_of_unequal_lengths_is_refused() -> None:
     with pytest.raises(RegrowError, match="one length"):
-        TopologyUpdate(torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([0]))
+        TopologyUpdate(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("n_blocks", [0, 7])

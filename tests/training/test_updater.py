@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from regrow import BlockSparseLinear, RegrowError, TopologyUpdater, UpdateSchedule, sparsify
+from regrow import BlockSparseLinear, RegrowError, TopologyUpdate, TopologyUpdater, UpdateSchedule, sparsify
+from regrow.optim import AdamW
+from regrow.training.updater import apply_update
 
 
 def model_and_optimizer(optimizer: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -158,3 +160,79 @@ def test_group_lasso_acts_after_every_step_with_the_current_rate() -> None:
     for layer, values, old in zip(updater.layers.values(), expected, before, strict=True):
         assert torch.equal(layer.values, values)
         assert layer.values.norm() < old.norm()
+
+
+def test_a_layer_that_changes_its_size_keeps_values_and_moments_of_survivors() -> None:
+    model, opt = model_and_optimizer(AdamW)
+    give_gradients(model, 0)
+    opt.step()
+    layer, other = model[0], model[2].values
+    old_values, old_state = layer.values.detach().clone(), {k: v.clone() for k, v in opt.state[layer.values].items()}
+    group = next(g for g in opt.param_groups if any(p is layer.values for p in g["params"]))
+    place = [p is layer.values for p in group["params"]].index(True)
+    free = layer.topology.free_positions(2, torch.Generator().manual_seed(0))
+    update = TopologyUpdate(torch.tensor([3, 9, 4, 30]), free // 8, free % 8)
+    kept = apply_update(layer, update, opt)
+    n = len(old_values) - 2
+    assert layer.values.shape[0] == layer.topology.n_blocks == n and len(kept) == n
+    assert not layer.values[3].any() and not layer.values[kept.tolist().index(9)].any()
+    survivors = [i for i, slot in enumerate(kept.tolist()) if slot not in (3, 9)]
+    assert torch.equal(layer.values[survivors], old_values[kept[survivors]])
+    state = opt.state[layer.values]
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[key][survivors], old_state[key][kept[survivors]]) and not state[key][3].any()
+    assert group["params"][place] is layer.values and any(p is other for p in group["params"])
+    loss = model(torch.ones(2, 64)).sum()  # autograd, too, knows the new size
+    loss.backward()
+    opt.step()
+    assert layer.values.grad.shape == layer.values.shape
+
+
+def test_gradients_are_seen_on_update_steps_only() -> None:
+    model, opt = model_and_optimizer(AdamW)
+    updater = TopologyUpdater(model, opt, "rigl", schedule=UpdateSchedule(12, 3, 0.3))
+    hooks = []
+    for _ in range(12):
+        hooks.append([len(layer._forward_hooks) for layer in updater.layers.values()])
+        opt.zero_grad()
+        model(torch.randn(5, 3, 64)).square().mean().backward()
+        opt.step()
+        records = updater.step()
+        assert bool(records) == (updater.n_steps in (4, 8))
+    assert [any(h) for h in hooks] == [step in (4, 8) for step in range(1, 13)]
+
+
+def test_what_rigl_sees_is_the_dense_gradient_before_the_activation() -> None:
+    from regrow import densify
+
+    model, opt = model_and_optimizer(AdamW)
+    updater, seen = TopologyUpdater(model, opt, "rigl", schedule=UpdateSchedule(2, 2, 0.3)), {}
+    updater._capture.see = lambda name, x, g: seen.update({name: g.T @ x})
+    updater._capture.start(updater.layers)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    model(x).square().mean().backward()
+    dense = densify(copy.deepcopy(model))
+    dense(x).square().mean().backward()
+    for name, gradient in seen.items():
+        torch.testing.assert_close(gradient, dense.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-6)
+    assert seen.keys() == {"0", "2"}
+
+
+def test_full_layers_are_left_alone() -> None:
+    layer = BlockSparseLinear(16, 16, block_size=4, density=1.0)
+    opt = AdamW(layer.parameters())
+    updater = TopologyUpdater(layer, opt, schedule=UpdateSchedule(4, 4, 0.5))
+    before = layer.values.detach().clone()
+    assert [updater.step() for _ in range(4)] == [[]] * 4 and torch.equal(layer.values, before)
+
+
+def test_what_no_update_could_do_is_refused_before_the_first_step() -> None:
+    model, opt = model_and_optimizer()
+    with pytest.raises(RegrowError, match=r"never updates the topology \(n_updates=1"):
+        TopologyUpdater(model, opt, schedule=UpdateSchedule(10, 1))
+    TopologyUpdater(model, opt, "static", schedule=UpdateSchedule(10, 1))
+    with pytest.raises(RegrowError, match="LBFGS keeps state '[a-z_]+' of .* cannot be mapped to blocks"):
+        TopologyUpdater(model, torch.optim.LBFGS(model.parameters()), schedule=UpdateSchedule(10, 2))
+    sparse = nn.Sequential(BlockSparseLinear(64, 512, block_size=8, density=38 / 512))
+    with pytest.raises(RegrowError, match="0: 38 blocks leave less than one for each"):
+        TopologyUpdater(sparse, AdamW(sparse.parameters()), "srigl", schedule=UpdateSchedule(10, 2))

@@ -46,18 +46,29 @@ SIZES = {
 
 
 def size_named(name: str) -> Size:
-    """Look a size up.
+    """Look a size up, or read one: ``LAYERS/HIDDEN`` or ``LAYERS/HIDDEN/HEADS``, by default with heads of 64.
 
     Raises:
-        RegrowError: unknown name; the message lists the known ones.
+        RegrowError: unknown name; the message lists the known ones. Or numbers that make no model.
 
     Example:
         >>> size_named("small").encoder_weights
         12582912
+        >>> size_named("2/192")
+        Size(layers=2, hidden=192, heads=3, dropout=0.0, tuned_lr=None)
     """
-    if name not in SIZES:
-        raise RegrowError(f"unknown size {name!r}; choose one of {', '.join(SIZES)}")
-    return SIZES[name]
+    if name in SIZES:
+        return SIZES[name]
+    try:
+        layers, hidden, *rest = (int(part) for part in name.split("/"))
+        heads = rest[0] if rest else max(1, hidden // 64)
+    except ValueError:
+        raise RegrowError(
+            f"unknown size {name!r}; choose one of {', '.join(SIZES)}, or give LAYERS/HIDDEN/HEADS, as 2/192/3"
+        ) from None
+    if len(rest) > 1 or min(layers, hidden, heads) < 1 or hidden % heads:
+        raise RegrowError(f"size {name!r} must be LAYERS/HIDDEN/HEADS, all positive, with HEADS dividing HIDDEN")
+    return Size(layers, hidden, heads, dropout=0.0)
 
 
 def bert_config(name: str, *, vocab_size: int, max_length: int, dropout: float | None = None) -> BertConfig:

@@ -81,10 +81,15 @@ def check_optimizer(optimizer: Optimizer) -> None:
         RegrowError: as :func:`reset_slots_`. An optimizer that cannot be built from its own defaults is not tried.
     """
     probe = torch.nn.Parameter(torch.ones(3, 2, 2))
+
+    def closure() -> float:
+        probe.grad = torch.ones_like(probe)
+        return 1.0
+
     try:
         twin = type(optimizer)([probe], **optimizer.defaults)
-        probe.grad = torch.ones_like(probe)
-        twin.step()
+        closure()
+        twin.step(closure)
     except Exception:
         return  # it wants more than a parameter and its gradient; its real state is checked at the first update
     _entries_by_block(twin, probe, 3)
