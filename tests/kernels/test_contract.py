@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from regrow.errors import RegrowError
-from regrow.kernels import cpu, sddmm, spmm, spmm_t
+from regrow.kernels import cpu, sddmm, spmm, spmm_gelu, spmm_t
 
 from .problems import normal, pattern
 
@@ -29,6 +29,7 @@ def arguments(op: str, b: int, dtype: torch.dtype = torch.float32, n: int = 6, g
         "spmm_t": (g, values, *P.index),
         "sddmm": (g, x, *P.index, b, False),
         "sddmm_with_sum": (g, x, *P.index, b, True),
+        "spmm_gelu": (x, values, bias, *P.index, True),
     }[op]
 
 
@@ -37,7 +38,7 @@ def operator(op: str) -> torch._ops.OpOverloadPacket:
 
 
 @pytest.mark.parametrize("b", [1, 3, 4, 16])
-@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm", "sddmm_with_sum"])
+@pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm", "sddmm_with_sum", "spmm_gelu"])
 def test_opcheck(op: str, b: int) -> None:
     torch.library.opcheck(operator(op).default, arguments(op, b))
 
@@ -48,6 +49,30 @@ def test_gradcheck(op: str) -> None:
     function = operator(op)
     assert torch.autograd.gradcheck(function, args)
     assert torch.autograd.gradgradcheck(function, args)
+
+
+def test_gelu_has_a_first_derivative_only() -> None:
+    args = arguments("spmm_gelu", 2, torch.float64, n=3)[:-1]
+    assert torch.autograd.gradcheck(spmm_gelu, args)
+    [dx] = torch.autograd.grad(spmm_gelu(*args).sum(), args[0], create_graph=True)
+    with pytest.raises(RegrowError, match="second derivative"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "needed", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_opcheck_of_the_backward_pass_of_gelu(needed: tuple[bool, bool, bool]) -> None:
+    x, values, _, *index = arguments("spmm_gelu", 4, grad=False)
+    g, slope = normal(6, 16, seed=2), normal(6, 16, seed=5)
+    torch.library.opcheck(torch.ops.regrow.spmm_gelu_backward.default, (g, slope, x, values, *index[:6], *needed))
+
+
+def test_gelu_keeps_no_slope_where_no_gradient_is_asked_for() -> None:
+    x, values, bias, *index = arguments("spmm", 4)
+    with Written() as written, torch.no_grad():
+        spmm_gelu(x, values, bias, *index)
+    assert written.elements == 6 * 16
 
 
 def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +99,17 @@ class Sizes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.largest = max([self.largest, *sizes])
+        return out
+
+
+class Written(TorchDispatchMode):
+    """Adds up the elements of all results."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
         return out
 
 

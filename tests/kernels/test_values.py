@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear
 
-from regrow.kernels import sddmm, spmm, spmm_t
+from regrow.kernels import sddmm, spmm, spmm_gelu, spmm_t
 
 from ..tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_dense
 from .problems import Pattern, from_dense, normal, pattern, to_dense
@@ -14,8 +14,9 @@ BLOCKS = [1, 2, 4, 8, 16, 32, 64]
 TOKENS = [0, 1, 7, 63, 64, 200]
 
 
-def check(p: Pattern, b: int, n: int, with_bias: bool = True, strided: bool = False) -> None:
+def check(p: Pattern, b: int, n: int, with_bias: bool = True, strided: bool = False, with_gelu: bool = False) -> None:
     """Forward and backward of ``spmm`` with a random cotangent, against dense float32 and float64."""
+    ours_is, act = (spmm_gelu, gelu) if with_gelu else (spmm, lambda y: y)
     x, values = normal(n, p.n_cols * b, seed=1), normal(p.n_blocks, b, b, seed=2)
     bias = normal(p.n_rows * b, seed=3) if with_bias else None
     cotangent = normal(n, p.n_rows * b, seed=4)
@@ -26,7 +27,7 @@ def check(p: Pattern, b: int, n: int, with_bias: bool = True, strided: bool = Fa
     def run(dtype: torch.dtype | None) -> list[Tensor]:
         leaves = [None if t is None else t.to(dtype or t.dtype).requires_grad_() for t in (x, values, bias)]
         lx, lv, lb = leaves
-        y = spmm(lx, lv, lb, *p.index) if dtype is None else linear(lx, to_dense(lv, p), lb)
+        y = ours_is(lx, lv, lb, *p.index) if dtype is None else act(linear(lx, to_dense(lv, p), lb))
         grads = torch.autograd.grad(y, [t for t in leaves if t is not None], cotangent.to(y.dtype))
         return [y.detach(), *grads]
 
@@ -40,6 +41,39 @@ def check(p: Pattern, b: int, n: int, with_bias: bool = True, strided: bool = Fa
 def test_values_and_gradients(b: int, n: int, isa: str, threads: int) -> None:
     n_rows, n_cols = (5, 3) if b >= 16 else (83 // b, 131 // b)
     check(pattern(n_rows, n_cols, max(1, n_rows * n_cols // 4), seed=b), b, n)
+
+
+@pytest.mark.parametrize("n", TOKENS)
+@pytest.mark.parametrize("b", BLOCKS)
+def test_values_and_gradients_with_gelu(b: int, n: int, isa: str, threads: int) -> None:
+    n_rows, n_cols = (5, 3) if b >= 16 else (83 // b, 131 // b)
+    check(pattern(n_rows, n_cols, max(1, n_rows * n_cols // 4), seed=b), b, n, with_gelu=True)
+
+
+def test_gelu_and_its_slope_everywhere(isa: str) -> None:
+    """Through a weight of one, so that the input of the activation is ours to choose; a short stretch at a time."""
+    h = torch.linspace(-8, 16, 24 * 500)  # below, even float64 cannot tell gelu from zero
+    index = [torch.tensor(i, dtype=torch.int32) for i in ([0, 1], [0], [0], [0, 1], [0], [0])]
+    ours = torch.ops.regrow.spmm_gelu(h[:, None], torch.ones(1, 1, 1), None, *index, True)
+
+    def dense(h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h.clone().requires_grad_()
+        y = gelu(h)
+        return y.detach(), *torch.autograd.grad(y.sum(), h)
+
+    for all_ours, all_dense, all_exact in zip(ours, dense(h), dense(h.double()), strict=True):
+        for parts in zip(all_ours.squeeze(1).split(500), all_dense.split(500), all_exact.split(500), strict=True):
+            assert_as_good_as_dense(*parts)
+
+
+def test_gelu_of_what_is_huge_or_no_number(isa: str) -> None:
+    h = torch.tensor([0.0, 1e-38, 1e30, -1e30, torch.inf, torch.nan])
+    index = [torch.tensor(i, dtype=torch.int32) for i in ([0, 1], [0], [0], [0, 1], [0], [0])]
+    y, slope = torch.ops.regrow.spmm_gelu(h[:, None], torch.ones(1, 1, 1), None, *index, True)
+    expected = torch.tensor([0.0, 5e-39, 1e30, 0.0, torch.inf, torch.nan])
+    torch.testing.assert_close(y.squeeze(1), expected, equal_nan=True)
+    torch.testing.assert_close(slope[:5].squeeze(1), torch.tensor([0.5, 0.5, 1.0, 0.0, 1.0]))
+    assert slope[5].isnan()
 
 
 # One block row; one block column; a single block, so nearly all rows and columns are empty; all blocks.
@@ -68,9 +102,17 @@ def test_long_rows_are_summed_as_exactly_as_dense(b: int, density: float, isa: s
 
 
 @pytest.mark.parametrize("b", BLOCKS)
-def test_many_tiles(b: int, isa: str) -> None:
+@pytest.mark.parametrize("with_gelu", [False, True])
+def test_many_tiles(b: int, with_gelu: bool, isa: str) -> None:
     """More tokens and features than one tile holds."""
-    check(pattern(256 // b, 448 // b, max(1, 256 * 448 // (10 * b * b))), b, 1111)
+    check(pattern(256 // b, 448 // b, max(1, 256 * 448 // (10 * b * b))), b, 1111, with_gelu=with_gelu)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("n", [7, 333, 1300])
+def test_rows_in_several_chunks(n: int, density: float, isa: str, threads: int) -> None:
+    """Rows of single elements long enough to be taken in chunks, and more of them than are worked on together."""
+    check(pattern(300, 600, round(density * 300 * 600)), 1, n)
 
 
 @pytest.mark.parametrize("b", [3, 5, 16])

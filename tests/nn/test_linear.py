@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear
 
 from regrow import BlockSparseLinear, RegrowError, TopologyUpdater, UpdateSchedule
+from regrow.nn import densify
 from tolerances import GRADIENT_FACTOR, assert_as_good_as_dense
 
 
@@ -43,6 +44,47 @@ def test_forward_and_gradients_equal_dense(b: int, bias: bool, lead: tuple[int, 
         return grad.view(3, b, 6, b)[rows, :, cols]
 
     assert_as_good_as_dense(grad_values, blocks(gw32), blocks(gw64), GRADIENT_FACTOR)
+
+
+@pytest.mark.parametrize("b", [1, 4, 16])
+def test_activation_is_torchs_gelu_of_the_layer(b: int) -> None:
+    torch.manual_seed(b)
+    layer, x = make(b), torch.randn(2, 9, 6 * b, requires_grad=True)
+    leaves = [x, layer.values, layer.bias]
+    cotangent = torch.randn(2, 9, 3 * b)
+    plain = gelu(layer(x))
+    expected = torch.autograd.grad(plain, leaves, cotangent)
+    layer.activation = "gelu"
+    fused = layer(x)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(torch.autograd.grad(fused, leaves, cotangent), expected)
+    assert "activation=gelu" in repr(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(x), fused)
+
+
+def test_activation_compiles() -> None:
+    torch._dynamo.reset()
+    layer, x = make(16), torch.randn(8, 96)
+    layer.activation = "gelu"
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled(x).square().sum().backward()
+    found = layer.values.grad.clone()
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(found, layer.values.grad)
+
+
+def test_a_layer_with_an_activation_is_no_nn_linear() -> None:
+    layer = make(16)
+    layer.activation = "gelu"
+    with pytest.raises(RegrowError, match="has an activation"):
+        densify(layer)
+
+
+def test_unknown_activation_is_named() -> None:
+    with pytest.raises(RegrowError, match="activation must be None or \"gelu\", got 'relu'"):
+        BlockSparseLinear(16, 16, block_size=4, density=0.5, activation="relu")
 
 
 def test_input_may_be_strided() -> None:

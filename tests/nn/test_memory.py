@@ -36,6 +36,20 @@ def test_no_tensor_of_in_x_out_elements_in_a_traced_step() -> None:
     assert layer.values.numel() <= largest.elements < 1024 * 1024 / 2
 
 
+@pytest.mark.parametrize("b", [1, 4, 8, 16, 32])
+def test_training_state_is_proportional_to_the_density(b: int) -> None:
+    """Values, gradient and Adam's two moments are ``4 b^2`` numbers a block; beside them it has four indices."""
+    layer = BlockSparseLinear(512, 2048, block_size=b, density=0.1, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.randn(4, 512)).sum().backward()
+    optimizer.step()
+    moments = [state for state in optimizer.state[layer.values].values() if state.dim()]
+    held = [layer.values, layer.values.grad, *moments, *layer.buffers()]
+    assert len(held) == 4 + 6
+    dense_state = 4 * 512 * 2048 * layer.values.element_size()
+    assert sum(t.numel() * t.element_size() for t in held) <= layer.density * dense_state * (1 + 1 / b**2 + 0.01)
+
+
 STEP = """
 import re, torch
 from regrow import BlockSparseLinear

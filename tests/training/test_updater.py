@@ -202,16 +202,20 @@ def test_gradients_are_seen_on_update_steps_only() -> None:
     assert [any(h) for h in hooks] == [step in (4, 8) for step in range(1, 13)]
 
 
-def test_what_rigl_sees_is_the_dense_gradient_before_the_activation() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_rigl_sees_is_the_dense_gradient_before_the_activation(fused: bool) -> None:
     from regrow import densify
 
     model, opt = model_and_optimizer(AdamW)
+    twin = copy.deepcopy(model)
+    if fused:
+        model[0].activation, model[1] = "gelu", nn.Identity()
     updater, seen = TopologyUpdater(model, opt, "rigl", schedule=UpdateSchedule(2, 2, 0.3)), {}
     updater._capture.see = lambda name, x, g: seen.update({name: g.T @ x})
     updater._capture.start(updater.layers)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     model(x).square().mean().backward()
-    dense = densify(copy.deepcopy(model))
+    dense = densify(twin)
     dense(x).square().mean().backward()
     for name, gradient in seen.items():
         torch.testing.assert_close(gradient, dense.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-6)
@@ -231,7 +235,7 @@ def test_what_no_update_could_do_is_refused_before_the_first_step() -> None:
     with pytest.raises(RegrowError, match=r"never updates the topology \(n_updates=1"):
         TopologyUpdater(model, opt, schedule=UpdateSchedule(10, 1))
     TopologyUpdater(model, opt, "static", schedule=UpdateSchedule(10, 1))
-    with pytest.raises(RegrowError, match="LBFGS keeps state '[a-z_]+' of .* cannot be mapped to blocks"):
+    with pytest.raises(RegrowError, match=r"LBFGS keeps state '[a-z_]+' of .* cannot be mapped to blocks"):
         TopologyUpdater(model, torch.optim.LBFGS(model.parameters()), schedule=UpdateSchedule(10, 2))
     sparse = nn.Sequential(BlockSparseLinear(64, 512, block_size=8, density=38 / 512))
     with pytest.raises(RegrowError, match="0: 38 blocks leave less than one for each"):

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +24,7 @@ from tqdm.auto import tqdm
 from regrow.bench.timing import Task, interleaved_medians
 from regrow.kernels.machine import describe_machine
 from regrow.nn import BlockSparseLinear
+from regrow.topology import TopologyUpdate
 
 Shape = tuple[int, int]
 
@@ -49,6 +52,8 @@ class Row:
     sparse_gflops: float
     """10^9 FLOPs a second, counting non-zeros only."""
     dense_gflops: float
+    index_seconds: float
+    """Of rebuilding the index arrays, once per topology update."""
 
 
 def bench_kernels(
@@ -76,7 +81,7 @@ def bench_kernels(
 
 @dataclass(frozen=True)
 class PeerRow:
-    """One of PyTorch's own sparse layouts on the same layer; ``None`` where it has no such pass."""
+    """Another implementation of the same layer; ``None`` where it has no such pass."""
 
     layout: str
     in_features: int
@@ -94,19 +99,26 @@ def bench_peers(
 ) -> list[PeerRow]:
     """PyTorch's CSR (single elements) and BSR (blocks of 16) products on the same patterns, against dense.
 
-    CSR's backward pass forms a dense weight gradient; BSR has none.
+    CSR's backward pass forms a dense weight gradient; BSR has none. The layers of sparseprop and sparselab, both of
+    single elements, are measured where these packages are installed.
 
     Example:
-        >>> [row.layout for row in bench_peers(shapes=[(32, 32)], density=0.5, tokens=4, rounds=1)]
+        >>> [row.layout for row in bench_peers(shapes=[(32, 32)], density=0.5, tokens=4, rounds=1)][:2]
         ['torch csr', 'torch bsr']
     """
     rows = []
     for in_features, out_features in shapes:
         x, cotangent = torch.randn(tokens, in_features), torch.randn(tokens, out_features)
         dense_step = _step(nn.Linear(in_features, out_features), x, cotangent)
-        for layout, b in (("torch csr", 1), ("torch bsr", 16)):
+        for layout, b in (("torch csr", 1), ("torch bsr", 16), ("sparseprop", 1), ("sparselab", 1)):
             layer = BlockSparseLinear(in_features, out_features, block_size=b, density=density)
-            forward, step = _peer_tasks(layout, layer, x, cotangent)
+            peer = _peer_layer(layout, layer)
+            if peer is not None:
+                forward, step = _forward(peer, x), _step(peer, x, cotangent)
+            elif layout.startswith("torch"):
+                forward, step = _peer_tasks(layout, layer, x, cotangent)
+            else:  # not installed
+                continue
             tasks = {name: task for name, task in (("forward", forward), ("step", step)) if _works(task)}
             seconds = interleaved_medians({"dense": dense_step, **tasks}, rounds=rounds)
             rows.append(
@@ -123,6 +135,20 @@ def bench_peers(
                 )
             )
     return rows
+
+
+def _peer_layer(layout: str, layer: BlockSparseLinear) -> nn.Module | None:
+    """The layer of another package: sparseprop's has the same elements, sparselab's draws as many of its own."""
+    shape = layer.in_features, layer.out_features
+    with warnings.catch_warnings(), suppress(ImportError):
+        warnings.simplefilter("ignore", UserWarning)
+        if layout == "sparseprop":
+            dense = nn.Linear(*shape)
+            dense.weight.data.copy_(layer.to_dense())
+            return import_module("sparseprop.modules").SparseLinear.from_dense(dense)
+        if layout == "sparselab":
+            return import_module("sparselab").SparseLinear(*shape, sparsity=1 - layer.density)
+    return None
 
 
 def _peer_tasks(layout: str, layer: BlockSparseLinear, x: Tensor, cotangent: Tensor) -> tuple[Task, Task]:
@@ -168,6 +194,8 @@ def _bench_shape(
     for name, layer in {"dense": dense, **{repr(key): layer for key, layer in layers.items()}}.items():
         tasks[f"{name} forward"] = _forward(layer, x)
         tasks[name] = _step(layer, x, cotangent)
+    for key, layer in layers.items():
+        tasks[f"{key!r} index"] = _update(layer)
     seconds = interleaved_medians(tasks, rounds=rounds)
     flops = 6 * n_tokens * in_features * out_features
     dense_seconds = seconds["dense"]
@@ -185,6 +213,7 @@ def _bench_shape(
             forward_speedup=seconds["dense forward"] / seconds[f"{(b, density)!r} forward"],
             sparse_gflops=flops * layer.density / seconds[repr((b, density))] / 1e9,
             dense_gflops=flops / dense_seconds / 1e9,
+            index_seconds=seconds[f"{(b, density)!r} index"],
         )
         for (b, density), layer in layers.items()
     ]
@@ -209,6 +238,13 @@ def _step(layer: nn.Module, x: Tensor, cotangent: Tensor) -> Task:
     return run
 
 
+def _update(layer: BlockSparseLinear) -> Task:
+    """A topology update that moves every block to where it is: what it costs does not depend on the moves."""
+    rows, cols = layer.topology.coordinates()
+    update = TopologyUpdate(torch.arange(rows.numel()), rows, cols)
+    return lambda: layer.topology.reallocate(update)
+
+
 def write_json(rows: Sequence[Row], path: Path, peers: Sequence[PeerRow] = ()) -> None:
     """The rows with the machine they were measured on."""
     document = {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
@@ -218,7 +254,7 @@ def write_json(rows: Sequence[Row], path: Path, peers: Sequence[PeerRow] = ()) -
 
 
 def peer_table(peers: Sequence[PeerRow]) -> str:
-    """Speed-ups of PyTorch's layouts over dense, a line each."""
+    """Speed-ups of other implementations over dense, a line each."""
     lines = ["   in   out tokens density layout      forward + backward over dense"]
     for r in peers:
         speedup = "no backward pass" if r.seconds is None else f"{r.dense_seconds / r.seconds:.2f}x"
@@ -227,11 +263,15 @@ def peer_table(peers: Sequence[PeerRow]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line per row, and the median of each block size and density over the shapes."""
-    lines = ["   in   out tokens density block speed-up    eps  forward   GF/s"]
+    """A line per row, and the median of each block size and density over the shapes.
+
+    ``step`` is a forward and backward pass, ``index`` the rebuilding of the indices once per topology update.
+    """
+    lines = ["   in   out tokens density block speed-up    eps  forward   GF/s  step ms  index ms"]
     lines += [
         f"{r.in_features:5} {r.out_features:5} {r.tokens:6} {r.density:7.3g} {r.block_size:5} {r.speedup:7.2f}x "
-        f"{r.eps:6.2f} {r.forward_speedup:7.2f}x {r.sparse_gflops:6.0f}"
+        f"{r.eps:6.2f} {r.forward_speedup:7.2f}x {r.sparse_gflops:6.0f} "
+        f"{r.sparse_seconds * 1e3:8.2f} {r.index_seconds * 1e3:9.2f}"
         for r in rows
     ]
     lines += ["", "median over shapes (the paper's critical eps: below 2.0 at block 1, below 1.2 at block 16)"]

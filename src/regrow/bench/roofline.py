@@ -22,7 +22,7 @@ def intensity(row: Row) -> float:
     """FLOPs per byte of a training step that moves the activations three times and the weights not at all.
 
     Example:
-        >>> row = Row(512, 512, 4096, 0.5, 16, *[1.0] * 7)
+        >>> row = Row(512, 512, 4096, 0.5, 16, *[1.0] * 8)
         >>> intensity(row)
         64.0
     """

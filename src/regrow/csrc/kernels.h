@@ -29,6 +29,9 @@ struct Shape {
     // Block rows whose outputs are written together. One register tile of a single vector of outputs writes one
     // line in each row of y; a neighbouring block row writes the line beside it, while its page is at hand.
     static constexpr int64_t kRows = NV == 2 ? 1 : 8;
+    // Block rows whose packed g, sums or accumulators are worked on while in the caches: with single elements those
+    // are as many bytes as the operands, and go through many chunks and tiles; otherwise all rows.
+    static constexpr int64_t kTogether = B == 1 ? 256 : INT64_MAX;
 };
 
 // The panel of a tile of at most `tokens` tokens: at most half a megabyte, so that it stays in L2.
@@ -36,8 +39,10 @@ constexpr int64_t kPanelFloats = 1 << 17;
 // Whether the outputs of a thread are stored around the caches: they are more than a private cache holds, and every
 // vector of them is aligned.
 constexpr int64_t kStreamFloats = 1 << 19;
-INLINE bool streams(const float* y, int64_t tokens, int64_t width) {
-    return tokens * width > kStreamFloats && width % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+INLINE bool streams(const SpmmArgs& a, int64_t tokens) {
+    const int64_t width = a.out_blocks * a.block;
+    const uintptr_t places = reinterpret_cast<uintptr_t>(a.y) | reinterpret_cast<uintptr_t>(a.slope);
+    return tokens * width > kStreamFloats && width % 16 == 0 && places % 64 == 0;
 }
 
 template <int B>
@@ -50,14 +55,50 @@ int64_t panel_floats(int64_t tokens, int64_t feature_blocks) {
 }
 template <int B>
 int64_t spmm_tile(int64_t in_blocks) {
-    if (Shape<B>::G > 1) return Shape<B>::kMicroTokens;
+    if (Shape<B>::G > 1 && B > 1) return Shape<B>::kMicroTokens;
     int64_t tiles = kPanelFloats / max64(1, in_blocks * B * Shape<B>::kMicroTokens);
     return Shape<B>::kMicroTokens * max64(1, min64(4, tiles));
 }
 template <int B>
 int64_t sddmm_tile(int64_t rows, int64_t cols) {
-    int64_t tokens = kPanelFloats * 5 / 4 / max64(1, (rows + cols) * B);  // both panels, and blocks beside them in L2
+    // Both panels, and blocks beside them in L2.
+    int64_t tokens = kPanelFloats * 5 / 4 / max64(1, (min64(rows, Shape<B>::kTogether) + cols) * B);
     return max64(64, min64(128, tokens / 32 * 32));
+}
+
+// Single elements are taken in chunks of columns whose part of a panel fits in the L1 cache: of all block sizes they
+// do the least with a vector that they read. A row should have many elements in a chunk, or its ends take longer.
+struct Chunks {
+    int64_t count, step;
+    const int32_t* cuts;
+    // Row r has positions begin(c)[r] to begin(c + 1)[r] in chunk c.
+    const int32_t* begin(int64_t c) const { return cuts + c * step; }
+};
+INLINE int64_t count_chunks(int64_t n, int64_t rows, int64_t cols) {
+    return max64(1, min64(cols / 128, n / (32 * max64(1, rows))));
+}
+template <int B>
+int64_t chunk_floats(int64_t n, int64_t rows, int64_t cols) {  // of scratch for find_chunks, at most n / 32 + rows
+    const int64_t count = B == 1 ? count_chunks(n, rows, cols) : 1;
+    return count == 1 ? 0 : round_up((count + 1) * rows, 16);
+}
+// Columns ascend within a row. Where they do not, chunks mix columns, but still hold every position once. Finding
+// them costs as much as many tokens gain.
+template <int B>
+Chunks find_chunks(const int32_t* ptr, const int32_t* idx, int64_t rows, int64_t cols, int64_t n_tokens,
+                   float* scratch) {
+    const int64_t count = B == 1 ? count_chunks(ptr[rows] - ptr[0], rows, cols) : 1;
+    if (count == 1 || n_tokens < 256) return {1, 1, ptr};
+    int32_t* cuts = reinterpret_cast<int32_t*>(scratch);
+    for (int64_t r = 0; r < rows; ++r) {
+        int64_t p = ptr[r];
+        for (int64_t c = 0; c < count; ++c) {
+            while (c > 0 && p < ptr[r + 1] && idx[p] < cols * c / count) ++p;
+            cuts[c * rows + r] = int32_t(p);
+        }
+        cuts[count * rows + r] = ptr[r + 1];
+    }
+    return {count, rows, cuts};
 }
 
 // Copies up to n floats, the rest zero.
@@ -74,18 +115,29 @@ INLINE void store_part(float* p, V v, int64_t n) {
 }
 
 // x [n_tokens, blocks * B], rows x_width apart -> panel with `groups` token groups; tokens past the end are zero.
-template <int B>
-void pack_panel(const float* x, int64_t x_width, int64_t blocks, int64_t n_tokens, int64_t groups, int64_t stride,
-                float* panel) {
+// With `scale`, laid out as x, each number is multiplied by its factor.
+template <int B, bool Scaled>
+void pack_panel(const float* x, const float* scale, int64_t x_width, int64_t blocks, int64_t n_tokens, int64_t groups,
+                int64_t stride, float* panel) {
     constexpr int G = Shape<B>::G;
     const int64_t width = blocks * B;
+    const auto read = [&](const float* p) LAMBDA {
+        V v = load_any(p);
+        if constexpr (Scaled) v *= load_any(scale + (p - x));
+        return v;
+    };
+    const auto read_part = [&](const float* p, int64_t n) LAMBDA {
+        V v = load_part(p, n);
+        if constexpr (Scaled) v *= load_part(scale + (p - x), n);
+        return v;
+    };
     if constexpr (G == 1) {
         for (int64_t t = 0; t < groups; ++t) {
             float* to = panel + t * B;
             if (t < n_tokens) {
                 const float* from = x + t * x_width;
                 for (int64_t c = 0; c < blocks; ++c, to += stride, from += B) {
-                    unroll<B / W>([&](auto v) LAMBDA { store(to + v * W, load_any(from + v * W)); });
+                    unroll<B / W>([&](auto v) LAMBDA { store(to + v * W, read(from + v * W)); });
                 }
             } else {
                 for (int64_t c = 0; c < blocks; ++c, to += stride) memset(to, 0, B * sizeof(float));
@@ -98,9 +150,9 @@ void pack_panel(const float* x, int64_t x_width, int64_t blocks, int64_t n_token
                 V v[G];
                 const float* from = x + t0 * x_width + f;
                 if (live >= G && f + W <= width) {
-                    unroll<G>([&](auto t) LAMBDA { v[t] = load_any(from + t * x_width); });
+                    unroll<G>([&](auto t) LAMBDA { v[t] = read(from + t * x_width); });
                 } else {
-                    unroll<G>([&](auto t) LAMBDA { v[t] = t < live ? load_part(from + t * x_width, width - f) : V{}; });
+                    unroll<G>([&](auto t) LAMBDA { v[t] = t < live ? read_part(from + t * x_width, width - f) : V{}; });
                 }
                 transpose<G>(v);
                 float* to = panel + f / B * stride + group * W;
@@ -110,6 +162,40 @@ void pack_panel(const float* x, int64_t x_width, int64_t blocks, int64_t n_token
     }
 }
 
+template <int B>
+void pack_panel(const float* x, const float* scale, int64_t x_width, int64_t blocks, int64_t n_tokens, int64_t groups,
+                int64_t stride, float* panel) {
+    const auto pack = scale ? pack_panel<B, true> : pack_panel<B, false>;
+    pack(x, scale, x_width, blocks, n_tokens, groups, stride, panel);
+}
+
+// The same place in an array that may be absent.
+template <class T>
+INLINE T* move(T* p, int64_t by) {
+    return p ? p + by : nullptr;
+}
+
+// gelu and, if wanted, its slope of h [n_tokens, P], of which `width` columns exist -> rows y_width apart.
+template <int P>
+void put_gelu(const float* h, int64_t n_tokens, int64_t width, float* y, float* slope, int64_t y_width,
+              bool streaming) {
+    for (int64_t t = 0; t < n_tokens; ++t, h += P, y += y_width, slope = move(slope, y_width)) {
+        for (int64_t f = 0; f < min64(P, width); f += W) {
+            V s;
+            const V v = gelu(load(h + f), s);
+            if (streaming) {
+                stream(y + f, v);
+                if (slope) stream(slope + f, s);
+            } else {
+                store_part(y + f, v, width - f);
+                if (slope) store_part(slope + f, s, width - f);
+            }
+        }
+    }
+}
+
+constexpr int64_t kSegment = 128;  // terms
+
 // One register tile: Mm token groups by PW outputs of one block row, over `n` of its blocks.
 //   out[m] (lanes (output, token)) = bias + sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
 // Rounding: a long row is summed in segments, because the error of one chain of additions grows with its length, and
@@ -118,12 +204,12 @@ template <int B, int Mm>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
                        const float* bias, float* out, int64_t out_stride, bool streaming) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
-    constexpr int64_t kSegment = 128 / B;  // blocks
+    constexpr int64_t kBlocks = kSegment / B;
     V acc[Mm][NV];
     float before[Mm * NV * W] __attribute__((aligned(64)));  // the segments already summed
     for (bool first = true;; first = false) {
         unroll<Mm>([&](auto m) LAMBDA { unroll<NV>([&](auto v) LAMBDA { acc[m][v] = V{}; }); });
-        for (int64_t left = min64(n, kSegment); left > 0; --left, ++idx, w += B * B) {
+        for (int64_t left = min64(n, kBlocks); left > 0; --left, ++idx, w += B * B) {
             const float* xp = panel + *idx * stride;
             const float* wp = w;
 #pragma GCC unroll 2
@@ -136,7 +222,7 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
                 });
             }
         }
-        n -= kSegment;
+        n -= kBlocks;
         if (!first) {
             unroll<Mm>([&](auto m) LAMBDA {
                 unroll<NV>([&](auto v) LAMBDA { acc[m][v] += load(before + (m * NV + v) * W); });
@@ -182,10 +268,14 @@ INLINE void spmm_row(const SpmmArgs& a, int64_t r, const float* part, int64_t st
         const float* w = a.packed + p0 * (B * B) + piece * B;
         const float* bias = a.bias ? a.bias + r * B + piece : nullptr;
         float* to = y + r * B + piece;
-        if (live >= m) {
+        if (live >= m && !a.gelu) {
             spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, to, out, streaming);
+            continue;
+        }
+        spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
+        if (a.gelu) {
+            put_gelu<PW>(spare, min64(m, live), PW, to, move(a.slope, to - a.y), out, streaming);
         } else {
-            spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
             for (int64_t t = 0; t < live; ++t) memcpy(to + t * out, spare + t * PW, PW * sizeof(float));
         }
     }
@@ -196,10 +286,10 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
     constexpr int M = Shape<B>::M;
     const int64_t tile = spmm_tile<B>(a.in_blocks), stride = panel_stride<B>(tile);
     const int64_t in = a.in_blocks * B, out = a.out_blocks * B;
-    const bool streaming = Shape<B>::PW % 16 == 0 && streams(a.y, t1 - t0, out);  // whole lines only
+    const bool streaming = Shape<B>::PW % 16 == 0 && streams(a, t1 - t0);  // whole lines only
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up(n_tokens, Shape<B>::Q);
-        pack_panel<B>(a.x + t0 * in, in, a.in_blocks, n_tokens, groups, stride, panel);
+        pack_panel<B>(a.x + t0 * in, move(a.scale, t0 * in), in, a.in_blocks, n_tokens, groups, stride, panel);
         for (int64_t r0 = 0; r0 < a.out_blocks; r0 += Shape<B>::kRows) {
             const int64_t r1 = min64(r0 + Shape<B>::kRows, a.out_blocks);
             for (int64_t m0 = 0; m0 < groups; m0 += M) {
@@ -214,21 +304,26 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
 
 // ---- small blocks: vectors of several tokens, collected and put in order at the end of a tile ----
 
-// sums [block rows][M groups][B * G] (lanes (output, token) within a vector) -> y, with the bias.
+// sums [block rows r0 to r1][M groups][B * G] (lanes (output, token) within a vector) -> y, with the bias.
 template <int B>
-void unpack(const SpmmArgs& a, const float* sums, int64_t n_tokens, float* y, bool streaming) {
+void unpack(const SpmmArgs& a, int64_t r0, int64_t r1, const float* sums, int64_t n_tokens, float* y,
+            bool streaming) {
     constexpr int G = Shape<B>::G, M = Shape<B>::M;
     const int64_t out = a.out_blocks * B;
     for (int64_t group = 0; group * G < n_tokens; ++group) {
         const int64_t live = n_tokens - group * G;
         const float* from = sums + group * (B * G);
         float* to = y + group * G * out;
-        for (int64_t f = 0; f < out; f += W, from += G * M * W) {  // G block rows make W columns
+        for (int64_t f = r0 * B; f < r1 * B; f += W, from += G * M * W) {  // G block rows make W columns
             V v[G];
             unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * (M * W))); });
             transpose<G>(v);
             const V bias = a.bias ? load_part(a.bias + f, out - f) : V{};
-            if (streaming && live >= G) {
+            if (a.gelu) {
+                float h[G * W] __attribute__((aligned(64)));
+                unroll<G>([&](auto t) LAMBDA { store(h + t * W, v[t] + bias); });
+                put_gelu<W>(h, min64(G, live), out - f, to + f, move(a.slope, to + f - a.y), out, streaming);
+            } else if (streaming && live >= G) {
                 unroll<G>([&](auto t) LAMBDA { stream(to + t * out + f, v[t] + bias); });
             } else if (live >= G && f + W <= out) {
                 unroll<G>([&](auto t) LAMBDA { store_any(to + t * out + f, v[t] + bias); });
@@ -246,16 +341,81 @@ void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* p
     constexpr int G = Shape<B>::G, M = Shape<B>::M;
     constexpr int64_t tile = Shape<B>::kMicroTokens;
     const int64_t stride = panel_stride<B>(tile), in = a.in_blocks * B, out = a.out_blocks * B;
-    const bool streaming = streams(a.y, t1 - t0, out);
+    const bool streaming = streams(a, t1 - t0);
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up((n_tokens + G - 1) / G, Shape<B>::Q);
-        pack_panel<B>(a.x + t0 * in, in, a.in_blocks, n_tokens, groups, stride, panel);
+        pack_panel<B>(a.x + t0 * in, move(a.scale, t0 * in), in, a.in_blocks, n_tokens, groups, stride, panel);
         for (int64_t r = 0; r < a.out_blocks; ++r) {
             const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
             spmm_groups<B>(groups, panel, stride, a.packed + p0 * (B * B), a.idx + p0, n, nullptr,
                            sums + r * (M * B * G), B * G);
         }
-        unpack<B>(a, sums, n_tokens, a.y + t0 * out, streaming);
+        unpack<B>(a, 0, a.out_blocks, sums, n_tokens, a.y + t0 * out, streaming);
+    }
+}
+
+// ---- single elements: as small blocks, in chunks ------------------------------------------------
+
+// sums[m] (+)= the sum of value[p] * x[idx[p]][m] over one row's n positions of a chunk.
+template <int Mm>
+INLINE void add_elements(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n, bool first,
+                         float* sums) {
+    constexpr int kChains = Mm < 8 ? 2 : 1;  // an addition takes longer than the loads of four vectors
+    do {
+        V acc[kChains][Mm] = {};
+        const auto add = [&](auto chain) LAMBDA {
+            const V wv = splat(w[chain]);
+            const float* x = panel + idx[chain] * stride;
+            unroll<Mm>([&](auto m) LAMBDA { acc[chain][m] += wv * load(x + m * W); });
+        };
+        int64_t left = min64(n, kSegment);
+        n -= left;
+        for (; left >= kChains; left -= kChains, idx += kChains, w += kChains) unroll<kChains>(add);
+        if (left > 0) {
+            add(Int<0>{});
+            ++idx, ++w;
+        }
+        unroll<Mm>([&](auto m) LAMBDA {
+            V sum = acc[0][m];
+            if constexpr (kChains == 2) sum += acc[1][m];
+            store(sums + m * W, first ? sum : load(sums + m * W) + sum);
+        });
+        first = false;
+    } while (n > 0);
+}
+
+template <int Mm = Shape<1>::M>
+void add_chunk(const SpmmArgs& a, const Chunks& chunks, int64_t c, int64_t r0, int64_t r1, int64_t groups,
+               const float* panel, int64_t stride, float* sums) {
+    if constexpr (Mm > Shape<1>::Q) {
+        if (groups < Mm) return add_chunk<Mm - Shape<1>::Q>(a, chunks, c, r0, r1, groups, panel, stride, sums);
+    }
+    const int32_t *begin = chunks.begin(c), *end = chunks.begin(c + 1);
+    for (int64_t r = r0; r < r1; ++r, sums += Shape<1>::M * W) {
+        add_elements<Mm>(panel, stride, a.packed + begin[r], a.idx + begin[r], end[r] - begin[r], c == 0, sums);
+    }
+}
+
+// A tile is several register tiles of tokens, so that the elements, 8 bytes each, are read from beyond the L2 cache
+// once for all of them.
+INLINE void spmm_elements(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* panel) {
+    constexpr int64_t M = Shape<1>::M, kTogether = Shape<1>::kTogether;
+    const int64_t in = a.in_blocks, out = a.out_blocks, tile = spmm_tile<1>(in), stride = panel_stride<1>(tile);
+    const bool streaming = streams(a, t1 - t0);
+    const Chunks chunks = find_chunks<1>(a.ptr, a.idx, out, in, t1 - t0, panel + panel_floats<1>(tile, in));
+    for (; t0 < t1; t0 += tile) {
+        const int64_t n_tokens = min64(tile, t1 - t0), groups = round_up((n_tokens + W - 1) / W, Shape<1>::Q);
+        pack_panel<1>(a.x + t0 * in, move(a.scale, t0 * in), in, in, n_tokens, groups, stride, panel);
+        for (int64_t r0 = 0; r0 < out; r0 += kTogether) {
+            const int64_t r1 = min64(r0 + kTogether, out);
+            for (int64_t m0 = 0; m0 < groups; m0 += M) {
+                for (int64_t c = 0; c < chunks.count; ++c) {
+                    add_chunk(a, chunks, c, r0, r1, min64(M, groups - m0), panel + m0 * W, stride, sums);
+                }
+                const int64_t live = min64(M * W, n_tokens - m0 * W);
+                unpack<1>(a, r0, r1, sums, live, a.y + (t0 + m0 * W) * out, streaming);
+            }
+        }
     }
 }
 
@@ -263,7 +423,7 @@ void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* p
 template <int B>
 int64_t waiting_floats(int64_t out_blocks) {
     constexpr int G = Shape<B>::G;
-    return (G > 1 ? round_up(out_blocks, G) : 1) * Shape<B>::M * B * G;
+    return (G > 1 ? round_up(min64(out_blocks, Shape<B>::kTogether), G) : 1) * Shape<B>::M * B * G;
 }
 
 template <int B>
@@ -271,6 +431,8 @@ void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
     float* panel = scratch + round_up(waiting_floats<B>(a.out_blocks), 16);
     if constexpr (Shape<B>::G == 1) {
         spmm_large<B>(a, t0, t1, scratch, panel);
+    } else if constexpr (B == 1) {
+        spmm_elements(a, t0, t1, scratch, panel);
     } else {
         spmm_small<B>(a, t0, t1, scratch, panel);
     }
@@ -316,25 +478,29 @@ template <int B, int Nb>
 INLINE void sddmm_micro(const float* g, const float* x, int64_t x_stride, const int32_t* idx, int64_t groups,
                         float* acc) {
     constexpr int G = Shape<B>::G, RI = SddmmShape<B, Nb>::RI, CV = SddmmShape<B, Nb>::CV;
-    const float* xs[Nb];
-    unroll<Nb>([&](auto n) LAMBDA { xs[n] = x + idx[n] * x_stride; });
+    constexpr int kAtOnce = Nb < 8 ? Nb : 8;  // more addresses than that do not fit in the registers
     for (int i0 = 0; i0 < B; i0 += RI) {
         for (int j0 = 0; j0 < B; j0 += CV * W) {
             constexpr int N = Nb * RI * CV;
             V sum[(N + G - 1) / G * G] = {};
-            const float* gp = g + i0 * G;
-            for (int64_t offset = j0; offset < groups * (B * G); offset += B * G, gp += B * G) {
-                V xv[Nb][CV];
-                unroll<Nb>([&](auto n) LAMBDA {
-                    unroll<CV>([&](auto c) LAMBDA { xv[n][c] = load(xs[n] + offset + c * W); });
-                });
-                unroll<RI>([&](auto i) LAMBDA {
-                    const V gv = bcast<G>(gp + i * G);
-                    unroll<Nb>([&](auto n) LAMBDA {
-                        unroll<CV>([&](auto c) LAMBDA { sum[(n * RI + i) * CV + c] += gv * xv[n][c]; });
+            unroll<(Nb + kAtOnce - 1) / kAtOnce>([&](auto part) LAMBDA {
+                constexpr int n0 = part * kAtOnce, Nn = Nb - n0 < kAtOnce ? Nb - n0 : kAtOnce;
+                const float* xs[Nn];
+                unroll<Nn>([&](auto n) LAMBDA { xs[n] = x + idx[n0 + n] * x_stride; });
+                const float* gp = g + i0 * G;
+                for (int64_t offset = j0; offset < groups * (B * G); offset += B * G, gp += B * G) {
+                    V xv[Nn][CV];
+                    unroll<Nn>([&](auto n) LAMBDA {
+                        unroll<CV>([&](auto c) LAMBDA { xv[n][c] = load(xs[n] + offset + c * W); });
                     });
-                });
-            }
+                    unroll<RI>([&](auto i) LAMBDA {
+                        const V gv = bcast<G>(gp + i * G);
+                        unroll<Nn>([&](auto n) LAMBDA {
+                            unroll<CV>([&](auto c) LAMBDA { sum[((n0 + n) * RI + i) * CV + c] += gv * xv[n][c]; });
+                        });
+                    });
+                }
+            });
             if constexpr (G == 1) {
                 unroll<Nb>([&](auto n) LAMBDA {
                     unroll<RI>([&](auto i) LAMBDA {
@@ -369,19 +535,22 @@ INLINE void sddmm_blocks_of_row(int64_t n, const float* g, const float* x, int64
     sddmm_micro<B, Nb>(g, x, x_stride, idx, groups, acc);
 }
 
-// sum[f] += g[t][f] over n_tokens rows: the gradient of the bias, while packing has just brought g to the cache.
-INLINE void add_rows(const float* g, int64_t g_width, int64_t n_tokens, int64_t width, float* sum) {
-    constexpr int kAtOnce = 8;
-    int64_t t = 0;
-    for (; t + kAtOnce <= n_tokens; t += kAtOnce, g += kAtOnce * g_width) {
-        for (int64_t f = 0; f < width; ++f) {
-            float total = 0;
-            for (int i = 0; i < kAtOnce; ++i) total += g[i * g_width + f];
-            sum[f] += total;
+// sum[f] += g[t][f], or g[t][f] * scale[t][f], over n_tokens rows: the gradient of the bias, while packing has just
+// brought g to the cache.
+void add_rows(const float* g, const float* scale, int64_t g_width, int64_t n_tokens, int64_t width, float* sum) {
+    constexpr int64_t kAtOnce = 8;  // sums are read and written once for so many rows
+    for (int64_t t0 = 0; t0 < n_tokens; t0 += kAtOnce) {
+        const int64_t t1 = min64(t0 + kAtOnce, n_tokens);
+        for (int64_t f = 0; f < width; f += W) {
+            const int64_t n = width - f;
+            const auto read = [&](const float* p) LAMBDA { return n >= W ? load_any(p) : load_part(p, n); };
+            V total{};
+            for (int64_t t = t0; t < t1; ++t) {
+                const V v = read(g + t * g_width + f);
+                total += scale ? v * read(scale + t * g_width + f) : v;
+            }
+            store_part(sum + f, read(sum + f) + total, n);
         }
-    }
-    for (; t < n_tokens; ++t, g += g_width) {
-        for (int64_t f = 0; f < width; ++f) sum[f] += g[f];
     }
 }
 
@@ -389,18 +558,30 @@ template <int B>
 void sddmm_range(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum) {
     constexpr int G = Shape<B>::G, NB = sddmm_blocks<B>();
     const int64_t tile = sddmm_tile<B>(a.rows, a.cols), stride = panel_stride<B>(tile);
+    const int64_t together = min64(Shape<B>::kTogether, a.rows);
     float* g_panel = scratch;
-    float* x_panel = scratch + panel_floats<B>(tile, a.rows);
+    float* x_panel = g_panel + panel_floats<B>(tile, together);
+    const Chunks chunks = find_chunks<B>(a.ptr, a.idx, a.rows, a.cols, t1 - t0,
+                                         x_panel + panel_floats<B>(tile, a.cols));
     for (; t0 < t1; t0 += tile) {
         const int64_t n_tokens = min64(tile, t1 - t0), groups = (n_tokens + G - 1) / G;
-        pack_panel<B>(a.g + t0 * a.g_width, a.g_width, a.rows, n_tokens, groups, stride, g_panel);
-        if (g_sum) add_rows(a.g + t0 * a.g_width, a.g_width, n_tokens, a.rows * B, g_sum);
-        pack_panel<B>(a.x + t0 * a.cols * B, a.cols * B, a.cols, n_tokens, groups, stride, x_panel);
-        for (int64_t r = 0; r < a.rows; ++r) {
-            const float* g = g_panel + r * stride;
-            for (int64_t p = a.ptr[r]; p < a.ptr[r + 1]; p += NB) {
-                const int64_t n = min64(NB, a.ptr[r + 1] - p);
-                sddmm_blocks_of_row<B>(n, g, x_panel, stride, a.idx + p, groups, acc + (p - a.ptr[0]) * (B * B));
+        pack_panel<B>(a.x + t0 * a.cols * B, nullptr, a.cols * B, a.cols, n_tokens, groups, stride, x_panel);
+        for (int64_t r0 = 0; r0 < a.rows; r0 += together) {
+            const int64_t r1 = min64(r0 + together, a.rows);
+            const int64_t first = t0 * a.g_width + r0 * B;
+            const float *from = a.g + first, *scale = move(a.scale, first);
+            pack_panel<B>(from, scale, a.g_width, r1 - r0, n_tokens, groups, stride, g_panel);
+            if (g_sum) add_rows(from, scale, a.g_width, n_tokens, (r1 - r0) * B, g_sum + r0 * B);
+            for (int64_t c = 0; c < chunks.count; ++c) {
+                const int32_t *begin = chunks.begin(c), *end = chunks.begin(c + 1);
+                for (int64_t r = r0; r < r1; ++r) {
+                    const float* g = g_panel + (r - r0) * stride;
+                    for (int64_t p = begin[r]; p < end[r]; p += NB) {
+                        const int64_t n = min64(NB, end[r] - p);
+                        float* to = acc + (p - a.ptr[0]) * (B * B);
+                        sddmm_blocks_of_row<B>(n, g, x_panel, stride, a.idx + p, groups, to);
+                    }
+                }
             }
         }
     }
@@ -432,15 +613,17 @@ INLINE auto with_block(int block, F&& f) {
     }
 }
 
-size_t spmm_scratch_any(int block, int64_t in_blocks, int64_t out_blocks) {
+size_t spmm_scratch_any(int block, int64_t in_blocks, int64_t out_blocks, int64_t n_blocks) {
     return with_block(block, [&](auto b) -> size_t {
-        return round_up(waiting_floats<b>(out_blocks), 16) + panel_floats<b>(spmm_tile<b>(in_blocks), in_blocks);
+        return round_up(waiting_floats<b>(out_blocks), 16) + panel_floats<b>(spmm_tile<b>(in_blocks), in_blocks) +
+               chunk_floats<b>(n_blocks, out_blocks, in_blocks);
     });
 }
-size_t sddmm_scratch_any(int block, int64_t rows, int64_t cols) {
+size_t sddmm_scratch_any(int block, int64_t rows, int64_t cols, int64_t n_blocks) {
     return with_block(block, [&](auto b) -> size_t {
         const int64_t tile = sddmm_tile<b>(rows, cols);
-        return panel_floats<b>(tile, rows) + panel_floats<b>(tile, cols);
+        return panel_floats<b>(tile, min64(Shape<b>::kTogether, rows)) + panel_floats<b>(tile, cols) +
+               chunk_floats<b>(n_blocks, rows, cols);
     });
 }
 void pack_values_any(int block, bool transpose, const float* values, const int32_t* slot, int64_t p0, int64_t p1,

@@ -7,17 +7,21 @@
 
 struct SpmmArgs {
     const float* x;         // [n_tokens, in]
+    const float* scale;     // multiplies x, element by element; or null
     const float* packed;    // weights, packed by pack_values
     const float* bias;      // [out] or null
     float* y;               // [n_tokens, out]
+    float* slope;           // [n_tokens, out] the derivative of the activation; or null
     const int32_t* ptr;     // [out_blocks + 1]
     const int32_t* idx;     // [n_blocks] input block of each block
     int64_t in_blocks, out_blocks;
     int block;
+    bool gelu;              // the activation, or none
 };
 
 struct SddmmArgs {          // a range of R block rows of a weight
     const float* g;         // [n_tokens, R*b], rows g_width apart
+    const float* scale;     // multiplies g, element by element; or null
     const float* x;         // [n_tokens, C*b]
     const int32_t* ptr;     // [R + 1], from the range's first position on
     const int32_t* idx;     // [n_blocks] of the whole weight
@@ -29,8 +33,8 @@ struct SddmmArgs {          // a range of R block rows of a weight
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
-    size_t (*spmm_scratch)(int block, int64_t in_blocks, int64_t out_blocks);
-    size_t (*sddmm_scratch)(int block, int64_t rows, int64_t cols);
+    size_t (*spmm_scratch)(int block, int64_t in_blocks, int64_t out_blocks, int64_t n_blocks);
+    size_t (*sddmm_scratch)(int block, int64_t rows, int64_t cols, int64_t n_blocks);
     // Packed position p holds values[slot[p]], p in [p0, p1); `transpose` for y = x W^T.
     void (*pack_values)(int block, bool transpose, const float* values, const int32_t* slot, int64_t p0,
                         int64_t p1, float* packed);
@@ -43,8 +47,6 @@ struct KernelTable {
     void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
                    float* dvalues);
 };
-
-inline constexpr int kBlocks[] = {1, 2, 4, 8, 16, 32, 64};
 
 extern const KernelTable kGenericTable;
 #ifdef REGROW_X86

@@ -15,9 +15,9 @@ int32, contiguous and 1-D:
 ========================  ==============================================================================
 
 :func:`spmm` is ``y = x W^T + bias``, :func:`spmm_t` is ``dx = g W`` and :func:`sddmm` is ``g^T x`` at the
-blocks only. Nothing of the size of ``W`` is ever allocated.
+blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. Nothing of the size of ``W`` is ever allocated.
 """
 
-from regrow.kernels.ops import sddmm, spmm, spmm_t
+from regrow.kernels.ops import sddmm, spmm, spmm_gelu, spmm_t
 
-__all__ = ["sddmm", "spmm", "spmm_t"]
+__all__ = ["sddmm", "spmm", "spmm_gelu", "spmm_t"]

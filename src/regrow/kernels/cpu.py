@@ -33,35 +33,81 @@ def native() -> ModuleType:
         ) from error
 
 
-def supports(dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
+def supports(x: Tensor, block_size: int) -> bool:
     """Whether these kernels handle it; anything else goes to the reference."""
-    return device.type == "cpu" and dtype == torch.float32 and block_size in BLOCK_SIZES
+    return x.is_cpu and x.dtype is torch.float32 and block_size in BLOCK_SIZES
 
 
-def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor], transposed: bool) -> Tensor:
-    """``x W^T + bias`` with the three CSR arrays, or ``x W`` (``transposed``) with the CSC ones."""
-    y = torch.empty(x.shape[0], (index[0].numel() - 1) * values.shape[1])
-    if y.numel():
-        raw_bias = None if bias is None else _raw(bias)
-        _call("spmm", _raw(x), _raw(values), raw_bias, y, *map(_raw, index), transposed)
-    return y
+# Only addresses and sizes cross to the extension, which checks what the index arrays hold. The shapes, dtypes and
+# devices were checked by the operators.
 
 
-def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int, with_sum: bool) -> tuple[Tensor, Tensor]:
-    """``g^T x`` at the blocks of the three CSR arrays, in slot order; and ``g.sum(0)``, or nothing of it."""
-    dvalues = torch.empty(index[2].numel(), block_size, block_size)
-    g_sum = torch.empty(g.shape[1] if with_sum else 0)
-    _call("sddmm", _raw(g), _raw(x), dvalues, g_sum if with_sum else None, *map(_raw, index))
+def spmm(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Sequence[Tensor],
+    *,
+    transposed: bool = False,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """``x W^T + bias`` with the three CSR arrays, or ``x W`` (``transposed``) with the CSC ones.
+
+    With ``scale``, of the shape of ``x``, of their product instead of ``x``.
+    """
+    return _spmm(x, scale, values, bias, index, transposed=transposed)[0]
+
+
+def spmm_gelu(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor], with_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """``gelu(x W^T + bias)``; and the derivative of the activation there, or nothing of it."""
+    return _spmm(x, None, values, bias, index, gelu=True, with_slope=with_slope)
+
+
+def _spmm(
+    x: Tensor,
+    scale: Tensor | None,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Sequence[Tensor],
+    *,
+    transposed: bool = False,
+    gelu: bool = False,
+    with_slope: bool = False,
+) -> tuple[Tensor, Tensor]:
+    n, (n_blocks, b, _), out_blocks = x.shape[0], values.shape, index[0].shape[0] - 1
+    y = x.new_empty(n, out_blocks * b)
+    slope = torch.empty_like(y) if with_slope else y.new_empty(0)
+    sizes = n, x.shape[1] // b, out_blocks, n_blocks, b, transposed, gelu
+    _call("spmm", (x, scale, values, bias, y, slope if with_slope else None, *index), *sizes)
+    return y, slope
+
+
+def sddmm(
+    g: Tensor,
+    x: Tensor,
+    index: Sequence[Tensor],
+    block_size: int,
+    with_sum: bool,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``g^T x`` at the blocks of the three CSR arrays, in slot order; and ``g.sum(0)``, or nothing of it.
+
+    With ``scale``, of the shape of ``g``, of their product instead of ``g``.
+    """
+    n_blocks = index[2].shape[0]
+    dvalues = g.new_empty(n_blocks, block_size, block_size)
+    g_sum = g.new_empty(g.shape[1] if with_sum else 0)
+    sizes = g.shape[0], index[0].shape[0] - 1, x.shape[1] // block_size, n_blocks, block_size
+    _call("sddmm", (g, scale, x, dvalues, g_sum if with_sum else None, *index), *sizes)
     return dvalues, g_sum
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    # DLPack refuses tensors that require a gradient; the operation above us handles that.
-    return tensor.detach().contiguous()
-
-
-def _call(name: str, *args: object) -> None:
+def _call(name: str, arrays: Sequence[Tensor | None], *sizes: int) -> None:
+    arrays = [None if array is None else array.contiguous() for array in arrays]  # kept until the call returns
+    addresses = [0 if array is None else array.data_ptr() for array in arrays]
     try:
-        getattr(native(), name)(*args, torch.get_num_threads())
+        getattr(native(), name)(*addresses, *sizes, torch.get_num_threads())
     except ValueError as error:
         raise RegrowError(str(error)) from None

@@ -1,7 +1,8 @@
-"""The three operations as torch operators: ``regrow::spmm``, ``regrow::spmm_t`` and ``regrow::sddmm``.
+"""The operations as torch operators: ``regrow::spmm``, ``regrow::spmm_t`` and ``regrow::sddmm``.
 
 Each has a fake (shape-only) implementation and a gradient made of the other two, so double backward works and
-nothing dense appears. float32 on a CPU runs the compiled kernels, everything else the reference.
+nothing dense appears. ``regrow::spmm_gelu`` fuses an activation and has one gradient, an operator of its own. float32
+on a CPU runs the compiled kernels, everything else the reference.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,17 @@ torch.library.define("regrow::spmm", f"(Tensor x, Tensor values, Tensor? bias, {
 torch.library.define("regrow::spmm_t", f"(Tensor g, Tensor values, {_INDEX}) -> Tensor")
 torch.library.define(
     "regrow::sddmm", f"(Tensor g, Tensor x, {_INDEX}, SymInt block_size, bool with_sum) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "regrow::spmm_gelu", f"(Tensor x, Tensor values, Tensor? bias, {_INDEX}, bool with_slope) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "regrow::spmm_gelu_backward",
+    f"(Tensor g, Tensor slope, Tensor x, Tensor values, {_INDEX}, bool need_x, bool need_values, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+_SPMM, _SPMM_T, _SDDMM, _SPMM_GELU, _SPMM_GELU_BACKWARD = (
+    getattr(torch.ops.regrow, name).default for name in ("spmm", "spmm_t", "sddmm", "spmm_gelu", "spmm_gelu_backward")
 )
 
 
@@ -55,7 +67,7 @@ def spmm(
     >>> spmm(torch.tensor([[1.0, 10.0]]), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), None, *index)
     tensor([[ 0.,  0., 21., 43.]])
     """
-    return torch.ops.regrow.spmm(x, values, bias, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t)
+    return _SPMM(x, values, bias, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t)
 
 
 def spmm_t(
@@ -86,7 +98,7 @@ def spmm_t(
     >>> spmm_t(torch.tensor([[5.0, 6.0, 1.0, 10.0]]), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), *index)
     tensor([[31., 42.]])
     """
-    return torch.ops.regrow.spmm_t(g, values, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t)
+    return _SPMM_T(g, values, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t)
 
 
 def sddmm(
@@ -122,30 +134,55 @@ def sddmm(
     tensor([[[ 10., 100.],
              [ 20., 200.]]])
     """
-    return torch.ops.regrow.sddmm(g, x, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t, block_size, False)[0]
+    return _SDDMM(g, x, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t, block_size, False)[0]
+
+
+def spmm_gelu(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    slot: Tensor,
+    col_ptr: Tensor,
+    row_idx_t: Tensor,
+    slot_t: Tensor,
+) -> Tensor:
+    """:func:`spmm` and the exact (erf) GELU of it in one pass: ``y = gelu(x W^T + bias)``.
+
+    Instead of the GELU's input, its slope is kept for the backward pass, and multiplied into the gradient while that
+    is read. Differentiable once. Arguments, result and errors are those of :func:`spmm`.
+
+    >>> index = [[0, 0, 1], [0], [0], [0, 1], [1], [0]]
+    >>> index = [torch.tensor(i, dtype=torch.int32) for i in index]
+    >>> spmm_gelu(torch.tensor([[1.0, 1.0]]), torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), None, *index)
+    tensor([[ 0.0000,  0.0000,  0.8413, -0.1587]])
+    """
+    with_slope = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+    index = row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t
+    return torch.ops.regrow.spmm_gelu(x, values, bias, *index, with_slope)[0]
 
 
 # ---- checks ---------------------------------------------------------------------------------------
 
 
-def _check(named: dict[str, Tensor | None], index: Sequence[Tensor]) -> None:
+def _check(first: str, lead: Tensor, others: dict[str, Tensor | None], index: Sequence[Tensor]) -> None:
     """One dtype and device for the data, int32 1-D contiguous arrays for the indices."""
-    present = {name: tensor for name, tensor in named.items() if tensor is not None}
-    first, lead = next(iter(present.items()))
+    dtype, device = lead.dtype, lead.device
     if not lead.is_floating_point():
-        raise RegrowError(f"{first} is {lead.dtype}; it must be floating point")
-    for name, tensor in present.items():
-        if (tensor.dtype, tensor.device) != (lead.dtype, lead.device):
+        raise RegrowError(f"{first} is {dtype}; it must be floating point")
+    for name, tensor in others.items():
+        if tensor is not None and (tensor.dtype is not dtype or tensor.device != device):
             raise RegrowError(
-                f"{name} is {tensor.dtype} on {tensor.device}, {first} is {lead.dtype} on {lead.device}; "
-                "they must agree"
+                f"{name} is {tensor.dtype} on {tensor.device}, {first} is {dtype} on {device}; they must agree"
             )
     for name, tensor in zip(_NAMES, index, strict=True):
-        if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
+        if tensor.dtype is not torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise RegrowError(f"{name} must be a contiguous 1-D int32 tensor, not {tensor.dim()}-D {tensor.dtype}")
-        if tensor.device != lead.device:
-            raise RegrowError(f"{name} is on {tensor.device}, {first} is on {lead.device}")
-        if name in ("row_ptr", "col_ptr") and not tensor.shape[0]:
+        if tensor.device != device:
+            raise RegrowError(f"{name} is on {tensor.device}, {first} is on {device}")
+    for name, tensor in (("row_ptr", index[0]), ("col_ptr", index[3])):
+        if not tensor.shape[0]:
             raise RegrowError(f"{name} is empty; it needs one entry more than there are block rows or columns")
 
 
@@ -180,26 +217,30 @@ def _check_contents(index: Sequence[Tensor], limit: int, names: Sequence[str]) -
 # ---- forward --------------------------------------------------------------------------------------
 
 
-def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
-    _check({"x": x, "values": values, "bias": bias}, index)
+def _check_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> None:
+    _check("x", x, {"values": values, "bias": bias}, index)
     _check_blocks(values, index)
     b = values.shape[1]
     _check_matrix("x", x, index[3], b)
-    out = (index[0].numel() - 1) * b
+    out = (index[0].shape[0] - 1) * b
     if bias is not None and bias.shape != (out,):
         raise RegrowError(f"bias is {list(bias.shape)}; expected [{out}]")
-    if cpu.supports(x.dtype, x.device, b):
-        return cpu.spmm(x, values, bias, index[:3], transposed=False)
+
+
+def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
+    _check_forward(x, values, bias, index)
+    if cpu.supports(x, values.shape[1]):
+        return cpu.spmm(x, values, bias, index[:3])
     _check_contents(index[:3], index[3].numel() - 1, _NAMES[:3])
     return reference.spmm(x, values, bias, index[:3])
 
 
 def _spmm_t(g: Tensor, values: Tensor, *index: Tensor) -> Tensor:
-    _check({"g": g, "values": values}, index)
+    _check("g", g, {"values": values}, index)
     _check_blocks(values, index)
     b = values.shape[1]
     _check_matrix("g", g, index[0], b)
-    if cpu.supports(g.dtype, g.device, b):
+    if cpu.supports(g, b):
         return cpu.spmm(g, values, None, index[3:], transposed=True)
     _check_contents(index[3:], index[0].numel() - 1, _NAMES[3:])
     return reference.spmm_t(g, values, index[3:])
@@ -207,7 +248,7 @@ def _spmm_t(g: Tensor, values: Tensor, *index: Tensor) -> Tensor:
 
 def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *index, b, with_sum = rest
-    _check({"g": g, "x": x}, index)
+    _check("g", g, {"x": x}, index)
     if b < 1:
         raise RegrowError(f"block_size is {b}; it must be positive")
     _check_matrix("g", g, index[0], b)
@@ -216,10 +257,46 @@ def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         raise RegrowError(f"g has {g.shape[0]} rows and x has {x.shape[0]}; they must agree")
     if len({index[i].numel() for i in (1, 2, 4, 5)}) != 1:
         raise RegrowError("col_idx, slot, row_idx_t and slot_t must have one entry per block")
-    if cpu.supports(g.dtype, g.device, b):
+    if cpu.supports(g, b):
         return cpu.sddmm(g, x, index[:3], b, with_sum)
     _check_contents(index[:3], index[3].numel() - 1, _NAMES[:3])
     return reference.sddmm(g, x, index[:3], b), g.sum(0) if with_sum else g.new_empty(0)
+
+
+def _spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    *index, with_slope = rest
+    _check_forward(x, values, bias, index)
+    if cpu.supports(x, values.shape[1]):
+        return cpu.spmm_gelu(x, values, bias, index[:3], with_slope)
+    _check_contents(index[:3], index[3].numel() - 1, _NAMES[:3])
+    y, slope = reference.gelu_with_slope(reference.spmm(x, values, bias, index[:3]))
+    return y, slope if with_slope else x.new_empty(0)
+
+
+def _spmm_gelu_backward(
+    g: Tensor, slope: Tensor, x: Tensor, values: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *index, need_x, need_values, need_bias = rest
+    _check("g", g, {"slope": slope, "x": x, "values": values}, index)
+    _check_blocks(values, index)
+    b = values.shape[1]
+    for name, tensor, ptr in (("g", g, index[0]), ("slope", slope, index[0]), ("x", x, index[3])):
+        _check_matrix(name, tensor, ptr, b)
+    if not g.shape[0] == slope.shape[0] == x.shape[0]:
+        raise RegrowError(f"g, slope and x have {g.shape[0]}, {slope.shape[0]} and {x.shape[0]} rows; they must agree")
+    dx, dvalues, dbias = (g.new_empty(0) for _ in range(3))
+    if not cpu.supports(g, b):
+        h = g * slope
+        if need_x:
+            dx = _spmm_t(h, values, *index)
+        if need_values or need_bias:
+            dvalues, dbias = _sddmm(h, x, *index, b, need_bias)
+        return dx, dvalues, dbias
+    if need_x:
+        dx = cpu.spmm(g, values, None, index[3:], transposed=True, scale=slope)
+    if need_values or need_bias:
+        dvalues, dbias = cpu.sddmm(g, x, index[:3], b, need_bias, scale=slope)
+    return dx, dvalues, dbias
 
 
 def _spmm_fake(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
@@ -233,6 +310,24 @@ def _spmm_t_fake(g: Tensor, values: Tensor, *index: Tensor) -> Tensor:
 def _sddmm_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *index, b, with_sum = rest
     return g.new_empty(index[2].shape[0], b, b), g.new_empty(g.shape[1] if with_sum else 0)
+
+
+def _spmm_gelu_fake(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    *index, with_slope = rest
+    y = _spmm_fake(x, values, bias, *index)
+    return y, torch.empty_like(y) if with_slope else x.new_empty(0)
+
+
+def _spmm_gelu_backward_fake(
+    g: Tensor, slope: Tensor, x: Tensor, values: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_index, need_x, need_values, need_bias = rest
+    with_sddmm = need_values or need_bias
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        values.new_empty(values.shape if with_sddmm else 0),
+        g.new_empty(g.shape[1] if need_bias else 0),
+    )
 
 
 # ---- gradients ------------------------------------------------------------------------------------
@@ -252,10 +347,10 @@ def _spmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _spmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values, *index = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    dx = torch.ops.regrow.spmm_t(g, values, *index) if need_x else None
+    dx = _SPMM_T(g, values, *index) if need_x else None
     dvalues = dbias = None
     if need_values:  # its pass over g yields the bias's gradient too
-        dvalues, dbias = torch.ops.regrow.sddmm(g, x, *index, values.shape[1], need_bias)
+        dvalues, dbias = _SDDMM(g, x, *index, values.shape[1], need_bias)
     elif need_bias:
         dbias = g.sum(0)
     return dx, dvalues, dbias if need_bias else None, *[None] * 6
@@ -264,8 +359,8 @@ def _spmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 def _spmm_t_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     g, values, *index = ctx.saved_tensors
     need_g, need_values = ctx.needs_input_grad[:2]
-    dg = torch.ops.regrow.spmm(h, values, None, *index) if need_g else None
-    dvalues = torch.ops.regrow.sddmm(g, h, *index, values.shape[1], False)[0] if need_values else None
+    dg = _SPMM(h, values, None, *index) if need_g else None
+    dvalues = _SDDMM(g, h, *index, values.shape[1], False)[0] if need_values else None
     return dg, dvalues, *[None] * 6
 
 
@@ -278,16 +373,59 @@ def _sddmm_backward(ctx: Any, h: Tensor, h_sum: Tensor) -> tuple[Tensor | None, 
     g, x, *index = ctx.saved_tensors
     need_g, need_x = ctx.needs_input_grad[:2]
     # A sum over tokens hands its gradient to every token: as a bias does.
-    dg = torch.ops.regrow.spmm(x, h, h_sum if ctx.with_sum else None, *index) if need_g else None
-    dx = torch.ops.regrow.spmm_t(g, h, *index) if need_x else None
+    dg = _SPMM(x, h, h_sum if ctx.with_sum else None, *index) if need_g else None
+    dx = _SPMM_T(g, h, *index) if need_x else None
     return dg, dx, *[None] * 8
 
 
-for _name, _forward, _fake, _backward, _setup in (
-    ("regrow::spmm", _spmm, _spmm_fake, _spmm_backward, _spmm_setup),
-    ("regrow::spmm_t", _spmm_t, _spmm_t_fake, _spmm_t_backward, _save),
-    ("regrow::sddmm", _sddmm, _sddmm_fake, _sddmm_backward, _sddmm_setup),
-):
-    torch.library.impl(_name, "CompositeExplicitAutograd")(_forward)
-    torch.library.register_fake(_name)(_fake)
-    torch.library.register_autograd(_name, _backward, setup_context=_setup)
+def _spmm_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, _bias, *index, _with_slope = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, values, output[1], *index)
+
+
+def _spmm_gelu_gradient(ctx: Any, g: Tensor, _g_slope: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, slope, *index = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    grads = _SPMM_GELU_BACKWARD(g, slope, x, values, *index, *needed)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 7
+
+
+def _no_second_gradient(ctx: Any, *grads: Tensor) -> Any:
+    raise RegrowError("spmm_gelu has no second derivative; use gelu(spmm(...))")
+
+
+def _register(name: str, forward: Any, fake: Any, gradient: Any, setup: Any) -> None:
+    op = getattr(torch.ops.regrow, name).default
+
+    def without_gradient(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    # What torch.library.register_autograd makes too, but that reads the schema anew at every call, which takes longer
+    # than all the checks above.
+    class Function(torch.autograd.Function):
+        backward = staticmethod(gradient)
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = without_gradient(*args)
+            setup(ctx, args, output)
+            return output
+
+    def with_gradient(*args: Any) -> Any:
+        needed = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        return Function.apply(*args) if needed else without_gradient(*args)
+
+    torch.library.impl(f"regrow::{name}", "CompositeExplicitAutograd")(forward)
+    torch.library.impl(f"regrow::{name}", "Autograd")(with_gradient)
+    torch.library.register_fake(f"regrow::{name}")(fake)
+
+
+_register("spmm", _spmm, _spmm_fake, _spmm_backward, _spmm_setup)
+_register("spmm_t", _spmm_t, _spmm_t_fake, _spmm_t_backward, _save)
+_register("sddmm", _sddmm, _sddmm_fake, _sddmm_backward, _sddmm_setup)
+_register("spmm_gelu", _spmm_gelu, _spmm_gelu_fake, _spmm_gelu_gradient, _spmm_gelu_setup)
+_register(
+    "spmm_gelu_backward", _spmm_gelu_backward, _spmm_gelu_backward_fake, _no_second_gradient, lambda *context: None
+)

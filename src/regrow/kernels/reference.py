@@ -4,10 +4,12 @@ Any dtype and device, differentiable by ordinary autograd, and slow. Blocks are 
 a chunk at a time, so nothing of the size of the dense weight is allocated.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 # Numbers gathered at a time: bounds the memory without making small problems slow.
 _CHUNK = 1 << 20
@@ -44,6 +46,12 @@ def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int) -> Ten
     ]
     dvalues = g.new_zeros(slots.numel(), block_size, block_size)
     return dvalues.index_add(0, slots, torch.cat(parts)) if parts else dvalues
+
+
+def gelu_with_slope(h: Tensor) -> tuple[Tensor, Tensor]:
+    """``h Phi(h)`` and its derivative ``Phi(h) + h phi(h)``, with the normal distribution and its density."""
+    density = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    return gelu(h), 0.5 * (1 + torch.erf(h / math.sqrt(2))) + h * density
 
 
 def owners(ptr: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from regrow.nn.init import initialise_
 from regrow.topology import BlockTopology, blocks_at_density
 
 BLOCK_SIZES = (1, 4, 8, 16, 32, 64)
+_PRODUCTS = {None: kernels.spmm, "gelu": kernels.spmm_gelu}  # by activation
 
 
 class BlockSparseLinear(nn.Module):
@@ -28,6 +29,8 @@ class BlockSparseLinear(nn.Module):
         block_size: edge ``b`` of a block, one of 1, 4, 8, 16, 32, 64.
         density: share of blocks that exist, in (0, 1]; ``n_blocks = round(density * R * C)``, at least one.
         bias: add a learned ``[out_features]`` bias, zero at first.
+        activation: ``"gelu"`` for ``y = gelu(x W^T + bias)`` (exact, as :func:`torch.nn.functional.gelu`) in the same
+            pass over memory; its second derivative does not exist. It may be set later, as the attribute.
         generator: source of the random pattern and values; the global one if absent.
 
     Shape:
@@ -37,7 +40,7 @@ class BlockSparseLinear(nn.Module):
     Under ``torch.autocast`` the layer computes in the dtype of its values.
 
     Raises:
-        RegrowError: the block does not divide a dimension, or ``density`` is outside (0, 1].
+        RegrowError: the block does not divide a dimension, ``density`` is outside (0, 1], or the activation is unknown.
 
     Example:
         >>> layer = BlockSparseLinear(64, 32, block_size=16, density=0.25)
@@ -58,12 +61,16 @@ class BlockSparseLinear(nn.Module):
         block_size: int,
         density: float,
         bias: bool = True,
+        activation: str | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_block_size(in_features, out_features, block_size)
+        if activation not in _PRODUCTS:
+            raise RegrowError(f'activation must be None or "gelu", got {activation!r}')
+        self.activation = activation
         self.in_features, self.out_features, self.block_size = in_features, out_features, block_size
         rows, cols = out_features // block_size, in_features // block_size
         n_blocks = blocks_at_density(rows, cols, density)
@@ -94,7 +101,7 @@ class BlockSparseLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # there are no low-precision kernels to cast to yet
             x = x.to(self.values.dtype)
         tokens = x.reshape(-1, self.in_features)
-        y = kernels.spmm(tokens, self.values, self.bias, *self.topology.indices())
+        y = _PRODUCTS[self.activation](tokens, self.values, self.bias, *self.topology.indices())
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -131,6 +138,7 @@ class BlockSparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
             f"density={self.density:.4g}, bias={self.bias is not None}"
+            + ("" if self.activation is None else f", activation={self.activation}")
         )
 
 

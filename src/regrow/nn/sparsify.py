@@ -101,6 +101,9 @@ def sparsify(
 def densify(model: Model) -> Model:
     """Replace every :class:`BlockSparseLinear` by the ``nn.Linear`` of equal function, in place; absent = 0.
 
+    Raises:
+        RegrowError: a layer has an activation.
+
     Example:
         >>> model = nn.Sequential(BlockSparseLinear(32, 32, block_size=16, density=0.5))
         >>> x = torch.ones(1, 32)
@@ -108,7 +111,11 @@ def densify(model: Model) -> Model:
         >>> torch.allclose(densify(model)(x), before, atol=1e-6), type(model[0]).__name__
         (True, 'Linear')
     """
-    for name, sparse in list(named_sparse_layers(model)):
+    layers = list(named_sparse_layers(model))
+    for name, sparse in layers:
+        if sparse.activation is not None:
+            raise RegrowError(f"{name or 'the model'} has an activation, which nn.Linear has not; set it to None first")
+    for name, sparse in layers:
         dense = nn.Linear(sparse.in_features, sparse.out_features, bias=sparse.bias is not None, device="meta")
         dense.weight = nn.Parameter(sparse.to_dense(), requires_grad=sparse.values.requires_grad)
         if sparse.bias is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from regrow import kernels
 from regrow.nn import BlockSparseLinear
 
 
@@ -43,4 +44,9 @@ class GradientCapture:
 
     @torch.no_grad()
     def _seen(self, name: str, x: Tensor, g: Tensor) -> None:
-        self.see(name, x.flatten(0, -2).to(g.dtype), g.flatten(0, -2))
+        layer = self.layers[name]
+        x, g = x.flatten(0, -2).to(g.dtype), g.flatten(0, -2)
+        if layer.activation == "gelu":  # g is behind the activation, which the layer computes in one pass
+            before = kernels.spmm(x, layer.values, layer.bias, *layer.topology.indices())
+            g = torch.ops.aten.gelu_backward(g, before)
+        self.see(name, x, g)
