@@ -8,13 +8,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """Coordinates of the blocks in slot order, and the six index arrays."""
+    """Coordinates of the blocks in slot order, the index arrays, and the same by columns."""
 
     rows: Tensor
     cols: Tensor
     n_rows: int
     n_cols: int
-    index: tuple[Tensor, ...]
+    index: tuple[Tensor, Tensor, Tensor]
+    by_columns: tuple[Tensor, Tensor, Tensor]
 
     @property
     def n_blocks(self) -> int:
@@ -38,8 +39,8 @@ def pattern(n_rows: int, n_cols: int, n_blocks: int, seed: int = 0, crowded_rows
         ptr[1:] = torch.bincount(major, minlength=n_major).cumsum(0)
         return ptr.int(), minor[slot].int(), slot.int()
 
-    csr, csc = ordered(rows, cols, n_rows, n_cols), ordered(cols, rows, n_cols, n_rows)
-    return Pattern(rows, cols, n_rows, n_cols, (*csr, *csc))
+    by_rows, by_columns = ordered(rows, cols, n_rows, n_cols), ordered(cols, rows, n_cols, n_rows)
+    return Pattern(rows, cols, n_rows, n_cols, by_rows, by_columns)
 
 
 def to_dense(values: Tensor, p: Pattern) -> Tensor:

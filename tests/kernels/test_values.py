@@ -53,7 +53,7 @@ def test_values_and_gradients_with_gelu(b: int, n: int, isa: str, threads: int) 
 def test_gelu_and_its_slope_everywhere(isa: str) -> None:
     """Through a weight of one, so that the input of the activation is ours to choose; a short stretch at a time."""
     h = torch.linspace(-8, 16, 24 * 500)  # below, even float64 cannot tell gelu from zero
-    index = [torch.tensor(i, dtype=torch.int32) for i in ([0, 1], [0], [0], [0, 1], [0], [0])]
+    index = [torch.tensor(i, dtype=torch.int32) for i in ([0, 1], [0], [0])]
     ours = torch.ops.regrow.spmm_gelu(h[:, None], torch.ones(1, 1, 1), None, *index, True)
 
     def dense(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def test_gelu_and_its_slope_everywhere(isa: str) -> None:
 
 def test_gelu_of_what_is_huge_or_no_number(isa: str) -> None:
     h = torch.tensor([0.0, 1e-38, 1e30, -1e30, torch.inf, torch.nan])
-    index = [torch.tensor(i, dtype=torch.int32) for i in ([0, 1], [0], [0], [0, 1], [0], [0])]
+    index = [torch.tensor(i, dtype=torch.int32) for i in ([0, 1], [0], [0])]
     y, slope = torch.ops.regrow.spmm_gelu(h[:, None], torch.ones(1, 1, 1), None, *index, True)
     expected = torch.tensor([0.0, 5e-39, 1e30, 0.0, torch.inf, torch.nan])
     torch.testing.assert_close(y.squeeze(1), expected, equal_nan=True)
@@ -123,7 +123,7 @@ def test_reference_dtypes(b: int) -> None:
     g = normal(9, 4 * b, seed=3, dtype=torch.float64)
     weight = to_dense(values, p)
     torch.testing.assert_close(spmm(x, values, None, *p.index), x @ weight.T)
-    torch.testing.assert_close(spmm_t(g, values, *p.index), g @ weight)
+    torch.testing.assert_close(spmm_t(g, values, *p.index, 3 * b), g @ weight)
     torch.testing.assert_close(sddmm(g, x, *p.index, b), from_dense(g.T @ x, p, b))
     low = spmm(x.bfloat16(), values.bfloat16(), None, *p.index)
     assert_as_good_as_dense(low, linear(x.bfloat16(), weight.bfloat16()), x @ weight.T)
@@ -136,7 +136,7 @@ def test_operations_alone(b: int, isa: str) -> None:
     g, x, values = normal(40, 5 * b, seed=1), normal(40, 7 * b, seed=2), normal(12, b, b, seed=3)
     h, k = normal(40, 7 * b, seed=4), normal(12, b, b, seed=5)
     for op, args, cotangent, dense in (
-        (lambda g, v: spmm_t(g, v, *p.index), (g, values), h, lambda g, v: g @ to_dense(v, p)),
+        (lambda g, v: spmm_t(g, v, *p.index, 7 * b), (g, values), h, lambda g, v: g @ to_dense(v, p)),
         (lambda g, x: sddmm(g, x, *p.index, b), (g, x), k, lambda g, x: from_dense(g.T @ x, p, b)),
     ):
         runs = []
@@ -155,7 +155,17 @@ def test_same_bits_twice(b: int, isa: str, threads: int) -> None:
     values = normal(20, b, b, seed=3)
     for op in (
         lambda: spmm(x, values, None, *p.index),
-        lambda: spmm_t(g, values, *p.index),
+        lambda: spmm_t(g, values, *p.index, p.n_cols * b),
         lambda: sddmm(g, x, *p.index, b),
     ):
         assert torch.equal(op(), op())
+
+
+@pytest.mark.parametrize("b", BLOCKS)
+@pytest.mark.parametrize("n", [1, 3, 500])
+def test_the_transposed_product_takes_rows_in_order(b: int, n: int, isa: str, threads: int) -> None:
+    """However many threads sort the blocks by columns: the bits are those of the transposed weight's own product."""
+    for p in (pattern(48, 16, 200), pattern(9, 16, 20, crowded_rows=3), pattern(1, 7, 5), pattern(7, 1, 5)):
+        g, values = normal(n, p.n_rows * b, seed=1), normal(p.n_blocks, b, b, seed=2)
+        expected = spmm(g, values.mT, None, *p.by_columns)
+        assert torch.equal(spmm_t(g, values, *p.index, p.n_cols * b), expected)

@@ -69,7 +69,7 @@ class PretrainConfig:
         None, "peak learning rate of every parameter; by default the size's dense optimum, raised by --lr-rule"
     )
     lr_rule: LrRule = _option("eq3", "how a density raises it: eq3 (the paper's), inverse (1/density), supar, none")
-    lr_scope: LrScope = _option("all", "which parameters that rule is for: the sparse ones or all")
+    lr_scope: LrScope = _option("sparse", "which parameters that rule is for: the sparse ones, or all as in the paper")
     base_width: int | None = _option(None, "hidden size the dense optimum was tuned at, for supar; by default this one")
     warmup: float = _option(0.05, "share of the steps over which the learning rate rises; then it falls to 0")
     weight_decay: float = _option(0.01, "decoupled decay of weights; biases and norms never decay")

@@ -439,20 +439,37 @@ void spmm_range(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
     finish_streams();
 }
 
-// packed[p][piece][k][PW]: what spmm_micro reads in order. The contraction index k runs over the inputs of
-// the block for y = x W^T (transpose) and over its outputs for dx = g W.
-template <int B>
-void pack_values(bool transpose, const float* values, const int32_t* slot, int64_t p0, int64_t p1, float* packed) {
+// A block as [piece][k][PW], what spmm_micro reads in order. The contraction index k runs over the inputs of the block
+// for y = x W^T (Transpose) and over its outputs for dx = g W.
+template <int B, bool Transpose>
+INLINE void pack_block(const float* from, float* to) {
     constexpr int PW = Shape<B>::PW;
-    for (int64_t p = p0; p < p1; ++p) {
-        const float* from = values + int64_t(slot[p]) * (B * B);
-        float* to = packed + p * (B * B);
-        for (int piece = 0; piece < B; piece += PW) {
-            for (int k = 0; k < B; ++k) {
-                for (int o = 0; o < PW; ++o, ++to) {
-                    *to = transpose ? from[(piece + o) * B + k] : from[k * B + piece + o];
-                }
+    for (int piece = 0; piece < B; piece += PW) {
+        for (int k = 0; k < B; ++k, to += PW) {
+            if constexpr (Transpose) {
+                for (int o = 0; o < PW; ++o) to[o] = from[(piece + o) * B + k];
+            } else {
+                memcpy(to, from + k * B + piece, PW * sizeof(float));
             }
+        }
+    }
+}
+
+template <int B>
+void pack_rows(const WeightArgs& a, int64_t p0, int64_t p1, float* packed) {
+    for (int64_t p = p0; p < p1; ++p) {
+        pack_block<B, true>(a.values + int64_t(a.slot[p]) * (B * B), packed + p * (B * B));
+    }
+}
+
+template <int B>
+void pack_columns(const WeightArgs& a, int64_t p0, int64_t p1, int32_t* next, int32_t* row_idx, float* packed) {
+    for (int64_t r = 0; r < a.rows; ++r) {
+        const int64_t end = min64(a.row_ptr[r + 1], p1);
+        for (int64_t p = max64(a.row_ptr[r], p0); p < end; ++p) {
+            const int64_t place = next[a.col_idx[p]]++;
+            row_idx[place] = int32_t(r);
+            pack_block<B, false>(a.values + int64_t(a.slot[p]) * (B * B), packed + place * (B * B));
         }
     }
 }
@@ -626,9 +643,11 @@ size_t sddmm_scratch_any(int block, int64_t rows, int64_t cols, int64_t n_blocks
                chunk_floats<b>(n_blocks, rows, cols);
     });
 }
-void pack_values_any(int block, bool transpose, const float* values, const int32_t* slot, int64_t p0, int64_t p1,
-                     float* packed) {
-    with_block(block, [&](auto b) { pack_values<b>(transpose, values, slot, p0, p1, packed); });
+void pack_rows_any(const WeightArgs& a, int64_t p0, int64_t p1, float* packed) {
+    with_block(a.block, [&](auto b) { pack_rows<b>(a, p0, p1, packed); });
+}
+void pack_columns_any(const WeightArgs& a, int64_t p0, int64_t p1, int32_t* next, int32_t* row_idx, float* packed) {
+    with_block(a.block, [&](auto b) { pack_columns<b>(a, p0, p1, next, row_idx, packed); });
 }
 void spmm_any(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
     with_block(a.block, [&](auto b) { spmm_range<b>(a, t0, t1, scratch); });
@@ -643,7 +662,7 @@ void reduce_any(int block, const float* acc, size_t acc_stride, int n_acc, const
 
 }  // namespace
 
-#define REGROW_TABLE(identifier, name)                                                          \
-    extern const KernelTable identifier;                                                        \
-    const KernelTable identifier = {name,     spmm_scratch_any, sddmm_scratch_any, pack_values_any, \
-                                    spmm_any, sddmm_any,        reduce_any}
+#define REGROW_TABLE(identifier, name)                                                            \
+    extern const KernelTable identifier;                                                          \
+    const KernelTable identifier = {name,             spmm_scratch_any, sddmm_scratch_any, pack_rows_any, \
+                                    pack_columns_any, spmm_any,         sddmm_any,         reduce_any}

@@ -67,11 +67,6 @@ void set_isa(const std::string& name) {
 
 // ---- checks -----------------------------------------------------------------------------------
 
-struct Names {
-    const char *ptr, *idx, *slot;
-};
-constexpr Names kCsr{"row_ptr", "col_idx", "slot"}, kCsc{"col_ptr", "row_idx_t", "slot_t"};
-
 // One bad index would read or write outside the arrays, so every call checks all of them: O(n_blocks).
 void check_range(const int32_t* v, const char* name, int64_t size, int64_t limit) {
     uint32_t top = 0;  // a negative index is a large unsigned number
@@ -82,22 +77,26 @@ void check_range(const int32_t* v, const char* name, int64_t size, int64_t limit
     }
 }
 
-void check_ptr(const int32_t* v, const char* name, int64_t rows, int64_t n_blocks) {
-    if (v[0] != 0) fail(std::string(name) + " starts at " + std::to_string(v[0]) + ", not 0");
+void check_indices(const int32_t* row_ptr, const int32_t* col_idx, const int32_t* slot, int64_t rows, int64_t cols,
+                   int64_t n_blocks) {
+    if (row_ptr[0] != 0) fail("row_ptr starts at " + std::to_string(row_ptr[0]) + ", not 0");
     for (int64_t i = 1; i <= rows; ++i) {
-        if (v[i] < v[i - 1]) fail(std::string(name) + " decreases at position " + std::to_string(i));
+        if (row_ptr[i] < row_ptr[i - 1]) fail("row_ptr decreases at position " + std::to_string(i));
     }
-    if (v[rows] != n_blocks) {
-        fail(std::string(name) + " ends at " + std::to_string(v[rows]) + ", not at the number of blocks, " +
+    if (row_ptr[rows] != n_blocks) {
+        fail("row_ptr ends at " + std::to_string(row_ptr[rows]) + ", not at the number of blocks, " +
              std::to_string(n_blocks));
     }
+    check_range(col_idx, "col_idx", n_blocks, cols);
+    check_range(slot, "slot", n_blocks, n_blocks);
 }
 
 // ---- scratch and threads ----------------------------------------------------------------------
 
 // Memory kept by a calling thread between calls. It only grows, up to what its largest call needed: a copy
-// of the weight's blocks (spmm) or two (sddmm), and per thread the panels of one tile and, for single elements, the
-// ends of rows in chunks, rounded up to 2 MB.
+// of the weight's blocks (spmm; transposed, with an index for each) or two (sddmm), and per thread the panels of one
+// tile, in the transposed product an index for every block column, and for single elements the ends of rows in chunks,
+// rounded up to 2 MB.
 class Scratch {
   public:
     ~Scratch() { std::free(data_); }
@@ -145,42 +144,74 @@ int64_t cut(int64_t total, int part, int parts) { return total * part / parts; }
 
 // ---- the two operations -----------------------------------------------------------------------
 
-void spmm(Address x, Address scale, Address values, Address bias, Address y, Address slope, Address ptr, Address idx,
-          Address slot, int64_t n_tokens, int64_t in_blocks, int64_t out_blocks, int64_t n_blocks, int b,
-          bool transposed, bool gelu, int threads) {
-    const Names& names = transposed ? kCsc : kCsr;
+// The weight in the order of columns: ptr [cols + 1], row_idx and packed. A counting sort in n parts, each a range of
+// positions; in every column a part's blocks follow those of the parts before it, so rows ascend, whatever n is.
+// `ptr` has room for `width` indices, and behind them for as many again for every part.
+void pack_by_columns(const KernelTable& table, const WeightArgs& w, int64_t cols, int64_t n_blocks, int n, int32_t* ptr,
+                     size_t width, int32_t* row_idx, float* packed) {
+    parallel(n, [&](int i) {
+        int32_t* counts = ptr + (i + 1) * width;
+        std::memset(counts, 0, cols * sizeof(int32_t));
+        const int64_t end = cut(n_blocks, i + 1, n);
+        for (int64_t p = cut(n_blocks, i, n); p < end; ++p) ++counts[w.col_idx[p]];
+    });
+    std::memset(ptr, 0, (cols + 1) * sizeof(int32_t));
+    int32_t* totals = ptr + 1;
+    for (int i = 0; i < n; ++i) {
+        int32_t* counts = ptr + (i + 1) * width;  // from now on: of the parts before
+        for (int64_t c = 0; c < cols; ++c) {
+            const int32_t count = counts[c];
+            counts[c] = totals[c];
+            totals[c] += count;
+        }
+    }
+    for (int64_t c = 0; c < cols; ++c) ptr[c + 1] += ptr[c];
+    parallel(n, [&](int i) {
+        int32_t* next = ptr + (i + 1) * width;
+        for (int64_t c = 0; c < cols; ++c) next[c] += ptr[c];
+        table.pack_columns(w, cut(n_blocks, i, n), cut(n_blocks, i + 1, n), next, row_idx, packed);
+    });
+}
+
+void spmm(Address x, Address scale, Address values, Address bias, Address y, Address slope, Address row_ptr,
+          Address col_idx, Address slot, int64_t n_tokens, int64_t in_blocks, int64_t out_blocks, int64_t n_blocks,
+          int b, bool transposed, bool gelu, int threads) {
+    const int64_t rows = transposed ? in_blocks : out_blocks, cols = transposed ? out_blocks : in_blocks;
+    const WeightArgs w{at<const float>(values), at<const int32_t>(row_ptr), at<const int32_t>(col_idx),
+                       at<const int32_t>(slot), rows, b};
     SpmmArgs a{at<const float>(x), at<const float>(scale), nullptr, at<const float>(bias), at<float>(y),
-               at<float>(slope), at<const int32_t>(ptr), at<const int32_t>(idx), in_blocks, out_blocks, b, gelu};
-    const int32_t* slots = at<const int32_t>(slot);
-    check_ptr(a.ptr, names.ptr, out_blocks, n_blocks);
-    check_range(a.idx, names.idx, n_blocks, in_blocks);
-    check_range(slots, names.slot, n_blocks, n_blocks);
+               at<float>(slope), w.row_ptr, w.col_idx, in_blocks, out_blocks, b, gelu};
+    check_indices(w.row_ptr, w.col_idx, w.slot, rows, cols, n_blocks);
     if (n_tokens == 0 || out_blocks == 0) return;
 
     nb::gil_scoped_release release;
     const KernelTable& table = *g_table;
     const int n = int(std::clamp<int64_t>(threads, 1, n_tokens));
-    const size_t packed = padded(n_blocks * b * b);
+    const size_t packed = padded(n_blocks * b * b), width = padded(cols + 1);
+    const size_t order = transposed ? padded(n_blocks) + (n + 1) * width : 0;
     const size_t each = padded(table.spmm_scratch(b, in_blocks, out_blocks, n_blocks));
-    float* scratch = t_scratch.reserve(packed + n * each);
+    float* scratch = t_scratch.reserve(packed + order + n * each);
     a.packed = scratch;
+    if (transposed) {
+        int32_t* row_idx = reinterpret_cast<int32_t*>(scratch + packed);
+        int32_t* col_ptr = row_idx + padded(n_blocks);
+        pack_by_columns(table, w, cols, n_blocks, n, col_ptr, width, row_idx, scratch);
+        a.ptr = col_ptr;
+        a.idx = row_idx;
+    } else {
+        parallel(n, [&](int i) { table.pack_rows(w, cut(n_blocks, i, n), cut(n_blocks, i + 1, n), scratch); });
+    }
     parallel(n, [&](int i) {
-        table.pack_values(b, !transposed, at<const float>(values), slots, cut(n_blocks, i, n), cut(n_blocks, i + 1, n),
-                          scratch);
-    });
-    parallel(n, [&](int i) {
-        table.spmm(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), scratch + packed + i * each);
+        table.spmm(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), scratch + packed + order + i * each);
     });
 }
 
-void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, Address ptr, Address idx, Address slot,
-           int64_t n_tokens, int64_t rows, int64_t cols, int64_t n_blocks, int b, int threads) {
-    SddmmArgs a{at<const float>(g), at<const float>(scale), at<const float>(x), at<const int32_t>(ptr),
-                at<const int32_t>(idx), rows, cols, rows * b, b};
+void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, Address row_ptr, Address col_idx,
+           Address slot, int64_t n_tokens, int64_t rows, int64_t cols, int64_t n_blocks, int b, int threads) {
+    SddmmArgs a{at<const float>(g), at<const float>(scale), at<const float>(x), at<const int32_t>(row_ptr),
+                at<const int32_t>(col_idx), rows, cols, rows * b, b};
     const int32_t* slots = at<const int32_t>(slot);
-    check_ptr(a.ptr, kCsr.ptr, rows, n_blocks);
-    check_range(a.idx, kCsr.idx, n_blocks, cols);
-    check_range(slots, kCsr.slot, n_blocks, n_blocks);
+    check_indices(a.ptr, a.idx, slots, rows, cols, n_blocks);
 
     // The work is a grid: the tokens are cut in two at most, because every cut of them costs a copy of the sums, and
     // the block rows, into ranges of about equally many blocks, by as many as there are threads left.
@@ -253,8 +284,8 @@ NB_MODULE(_native, m) {
         for (const KernelTable* table : available_tables()) names.emplace_back(table->name);
         return names;
     });
-    m.def("spmm", &spmm, "x"_a, "scale"_a, "values"_a, "bias"_a, "y"_a, "slope"_a, "ptr"_a, "idx"_a, "slot"_a,
+    m.def("spmm", &spmm, "x"_a, "scale"_a, "values"_a, "bias"_a, "y"_a, "slope"_a, "row_ptr"_a, "col_idx"_a, "slot"_a,
           "n_tokens"_a, "in_blocks"_a, "out_blocks"_a, "n_blocks"_a, "block"_a, "transposed"_a, "gelu"_a, "threads"_a);
-    m.def("sddmm", &sddmm, "g"_a, "scale"_a, "x"_a, "dvalues"_a, "g_sum"_a, "ptr"_a, "idx"_a, "slot"_a, "n_tokens"_a,
-          "rows"_a, "cols"_a, "n_blocks"_a, "block"_a, "threads"_a);
+    m.def("sddmm", &sddmm, "g"_a, "scale"_a, "x"_a, "dvalues"_a, "g_sum"_a, "row_ptr"_a, "col_idx"_a, "slot"_a,
+          "n_tokens"_a, "rows"_a, "cols"_a, "n_blocks"_a, "block"_a, "threads"_a);
 }

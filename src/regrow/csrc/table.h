@@ -5,10 +5,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct WeightArgs {
+    const float* values;    // [n_blocks, b, b], row slot[p] is the block at position p
+    const int32_t* row_ptr; // [rows + 1]
+    const int32_t* col_idx; // [n_blocks]
+    const int32_t* slot;    // [n_blocks]
+    int64_t rows;
+    int block;
+};
+
 struct SpmmArgs {
     const float* x;         // [n_tokens, in]
     const float* scale;     // multiplies x, element by element; or null
-    const float* packed;    // weights, packed by pack_values
+    const float* packed;    // weights, packed by pack_rows or pack_columns
     const float* bias;      // [out] or null
     float* y;               // [n_tokens, out]
     float* slope;           // [n_tokens, out] the derivative of the activation; or null
@@ -35,9 +44,10 @@ struct KernelTable {
     // Floats of 64-byte aligned scratch that one thread needs.
     size_t (*spmm_scratch)(int block, int64_t in_blocks, int64_t out_blocks, int64_t n_blocks);
     size_t (*sddmm_scratch)(int block, int64_t rows, int64_t cols, int64_t n_blocks);
-    // Packed position p holds values[slot[p]], p in [p0, p1); `transpose` for y = x W^T.
-    void (*pack_values)(int block, bool transpose, const float* values, const int32_t* slot, int64_t p0,
-                        int64_t p1, float* packed);
+    // The blocks at positions [p0, p1), packed for y = x W^T: each in its place.
+    void (*pack_rows)(const WeightArgs&, int64_t p0, int64_t p1, float* packed);
+    // The same for dx = g W: a block of column c goes to place next[c]++, and its row to row_idx there.
+    void (*pack_columns)(const WeightArgs&, int64_t p0, int64_t p1, int32_t* next, int32_t* row_idx, float* packed);
     // Tokens [t0, t1).
     void (*spmm)(const SpmmArgs&, int64_t t0, int64_t t1, float* scratch);
     // Adds the tokens [t0, t1) to acc [blocks of the range, b, b] (CSR order, room for 64 floats after the end), and

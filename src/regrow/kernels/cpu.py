@@ -42,20 +42,14 @@ def supports(x: Tensor, block_size: int) -> bool:
 # devices were checked by the operators.
 
 
-def spmm(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    index: Sequence[Tensor],
-    *,
-    transposed: bool = False,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """``x W^T + bias`` with the three CSR arrays, or ``x W`` (``transposed``) with the CSC ones.
+def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> Tensor:
+    """``x W^T + bias``."""
+    return _spmm(x, None, values, bias, index)[0]
 
-    With ``scale``, of the shape of ``x``, of their product instead of ``x``.
-    """
-    return _spmm(x, scale, values, bias, index, transposed=transposed)[0]
+
+def spmm_t(g: Tensor, values: Tensor, index: Sequence[Tensor], in_features: int, scale: Tensor | None = None) -> Tensor:
+    """``g W``. With ``scale``, of the shape of ``g``, of their product instead of ``g``."""
+    return _spmm(g, scale, values, None, index, in_features)[0]
 
 
 def spmm_gelu(
@@ -71,15 +65,16 @@ def _spmm(
     values: Tensor,
     bias: Tensor | None,
     index: Sequence[Tensor],
+    in_features: int | None = None,  # of the transposed product
     *,
-    transposed: bool = False,
     gelu: bool = False,
     with_slope: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    n, (n_blocks, b, _), out_blocks = x.shape[0], values.shape, index[0].shape[0] - 1
-    y = x.new_empty(n, out_blocks * b)
+    n, (n_blocks, b, _) = x.shape[0], values.shape
+    width = (index[0].shape[0] - 1) * b if in_features is None else in_features
+    y = x.new_empty(n, width)
     slope = torch.empty_like(y) if with_slope else y.new_empty(0)
-    sizes = n, x.shape[1] // b, out_blocks, n_blocks, b, transposed, gelu
+    sizes = n, x.shape[1] // b, width // b, n_blocks, b, in_features is not None, gelu
     _call("spmm", (x, scale, values, bias, y, slope if with_slope else None, *index), *sizes)
     return y, slope
 
@@ -92,7 +87,7 @@ def sddmm(
     with_sum: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``g^T x`` at the blocks of the three CSR arrays, in slot order; and ``g.sum(0)``, or nothing of it.
+    """``g^T x`` at the blocks, in slot order; and ``g.sum(0)``, or nothing of it.
 
     With ``scale``, of the shape of ``g``, of their product instead of ``g``.
     """

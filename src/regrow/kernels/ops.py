@@ -14,11 +14,10 @@ from torch import Tensor
 from regrow.errors import RegrowError
 from regrow.kernels import cpu, reference
 
-_INDEX = "Tensor row_ptr, Tensor col_idx, Tensor slot, Tensor col_ptr, Tensor row_idx_t, Tensor slot_t"
-_NAMES = ("row_ptr", "col_idx", "slot", "col_ptr", "row_idx_t", "slot_t")
+_INDEX = "Tensor row_ptr, Tensor col_idx, Tensor slot"
 
 torch.library.define("regrow::spmm", f"(Tensor x, Tensor values, Tensor? bias, {_INDEX}) -> Tensor")
-torch.library.define("regrow::spmm_t", f"(Tensor g, Tensor values, {_INDEX}) -> Tensor")
+torch.library.define("regrow::spmm_t", f"(Tensor g, Tensor values, {_INDEX}, SymInt in_features) -> Tensor")
 torch.library.define(
     "regrow::sddmm", f"(Tensor g, Tensor x, {_INDEX}, SymInt block_size, bool with_sum) -> (Tensor, Tensor)"
 )
@@ -35,24 +34,14 @@ _SPMM, _SPMM_T, _SDDMM, _SPMM_GELU, _SPMM_GELU_BACKWARD = (
 )
 
 
-def spmm(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    slot: Tensor,
-    col_ptr: Tensor,
-    row_idx_t: Tensor,
-    slot_t: Tensor,
-) -> Tensor:
+def spmm(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, col_idx: Tensor, slot: Tensor) -> Tensor:
     """Sparse linear layer: ``y = x W^T + bias``.
 
     Args:
         x: ``[N, in]``, any strides.
         values: ``[n_blocks, b, b]``, the dtype of ``x``.
         bias: ``[out]`` or None.
-        row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t: see :mod:`regrow.kernels`.
+        row_ptr, col_idx, slot: see :mod:`regrow.kernels`.
 
     Returns:
         ``y [N, out]``.
@@ -62,56 +51,38 @@ def spmm(
 
     A 4 x 2 weight of blocks of 2, with one block, in block row 1:
 
-    >>> index = [[0, 0, 1], [0], [0], [0, 1], [1], [0]]
+    >>> index = [[0, 0, 1], [0], [0]]
     >>> index = [torch.tensor(i, dtype=torch.int32) for i in index]
     >>> spmm(torch.tensor([[1.0, 10.0]]), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), None, *index)
     tensor([[ 0.,  0., 21., 43.]])
     """
-    return _SPMM(x, values, bias, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t)
+    return _SPMM(x, values, bias, row_ptr, col_idx, slot)
 
 
-def spmm_t(
-    g: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    slot: Tensor,
-    col_ptr: Tensor,
-    row_idx_t: Tensor,
-    slot_t: Tensor,
-) -> Tensor:
+def spmm_t(g: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, slot: Tensor, in_features: int) -> Tensor:
     """Gradient of :func:`spmm` in ``x``: ``dx = g W``.
 
     Args:
         g: ``[N, out]``, any strides.
         values: ``[n_blocks, b, b]``, the dtype of ``g``.
-        row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t: see :mod:`regrow.kernels`.
+        row_ptr, col_idx, slot: see :mod:`regrow.kernels`.
+        in_features: the width of the result, a multiple of ``b``; the indices do not tell how many columns there are.
 
     Returns:
-        ``dx [N, in]``.
+        ``dx [N, in_features]``.
 
     Raises:
         RegrowError: shapes, dtypes or devices disagree, or an index is out of range.
 
-    >>> index = [[0, 0, 1], [0], [0], [0, 1], [1], [0]]
+    >>> index = [[0, 0, 1], [0], [0]]
     >>> index = [torch.tensor(i, dtype=torch.int32) for i in index]
-    >>> spmm_t(torch.tensor([[5.0, 6.0, 1.0, 10.0]]), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), *index)
+    >>> spmm_t(torch.tensor([[5.0, 6.0, 1.0, 10.0]]), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), *index, 2)
     tensor([[31., 42.]])
     """
-    return _SPMM_T(g, values, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t)
+    return _SPMM_T(g, values, row_ptr, col_idx, slot, in_features)
 
 
-def sddmm(
-    g: Tensor,
-    x: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    slot: Tensor,
-    col_ptr: Tensor,
-    row_idx_t: Tensor,
-    slot_t: Tensor,
-    block_size: int,
-) -> Tensor:
+def sddmm(g: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, slot: Tensor, block_size: int) -> Tensor:
     """Gradient of :func:`spmm` in ``values``: ``g^T x`` at the blocks only.
 
     ``dvalues[slot[p]] = g[:, r*b:(r+1)*b]^T x[:, c*b:(c+1)*b]`` for position ``p`` at block ``(r, c)``.
@@ -119,7 +90,7 @@ def sddmm(
     Args:
         g: ``[N, out]``, any strides.
         x: ``[N, in]``, the dtype of ``g``, any strides.
-        row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t: see :mod:`regrow.kernels`.
+        row_ptr, col_idx, slot: see :mod:`regrow.kernels`.
         block_size: ``b``.
 
     Returns:
@@ -128,39 +99,28 @@ def sddmm(
     Raises:
         RegrowError: shapes, dtypes or devices disagree, or an index is out of range.
 
-    >>> index = [[0, 0, 1], [0], [0], [0, 1], [1], [0]]
+    >>> index = [[0, 0, 1], [0], [0]]
     >>> index = [torch.tensor(i, dtype=torch.int32) for i in index]
     >>> sddmm(torch.tensor([[5.0, 6.0, 1.0, 2.0]]), torch.tensor([[10.0, 100.0]]), *index, 2)
     tensor([[[ 10., 100.],
              [ 20., 200.]]])
     """
-    return _SDDMM(g, x, row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t, block_size, False)[0]
+    return _SDDMM(g, x, row_ptr, col_idx, slot, block_size, False)[0]
 
 
-def spmm_gelu(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    slot: Tensor,
-    col_ptr: Tensor,
-    row_idx_t: Tensor,
-    slot_t: Tensor,
-) -> Tensor:
+def spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, col_idx: Tensor, slot: Tensor) -> Tensor:
     """:func:`spmm` and the exact (erf) GELU of it in one pass: ``y = gelu(x W^T + bias)``.
 
     Instead of the GELU's input, its slope is kept for the backward pass, and multiplied into the gradient while that
     is read. Differentiable once. Arguments, result and errors are those of :func:`spmm`.
 
-    >>> index = [[0, 0, 1], [0], [0], [0, 1], [1], [0]]
+    >>> index = [[0, 0, 1], [0], [0]]
     >>> index = [torch.tensor(i, dtype=torch.int32) for i in index]
     >>> spmm_gelu(torch.tensor([[1.0, 1.0]]), torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), None, *index)
     tensor([[ 0.0000,  0.0000,  0.8413, -0.1587]])
     """
     with_slope = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
-    index = row_ptr, col_idx, slot, col_ptr, row_idx_t, slot_t
-    return torch.ops.regrow.spmm_gelu(x, values, bias, *index, with_slope)[0]
+    return _SPMM_GELU(x, values, bias, row_ptr, col_idx, slot, with_slope)[0]
 
 
 # ---- checks ---------------------------------------------------------------------------------------
@@ -176,40 +136,43 @@ def _check(first: str, lead: Tensor, others: dict[str, Tensor | None], index: Se
             raise RegrowError(
                 f"{name} is {tensor.dtype} on {tensor.device}, {first} is {dtype} on {device}; they must agree"
             )
-    for name, tensor in zip(_NAMES, index, strict=True):
+    for name, tensor in zip(("row_ptr", "col_idx", "slot"), index, strict=True):
         if tensor.dtype is not torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise RegrowError(f"{name} must be a contiguous 1-D int32 tensor, not {tensor.dim()}-D {tensor.dtype}")
         if tensor.device != device:
             raise RegrowError(f"{name} is on {tensor.device}, {first} is on {device}")
-    for name, tensor in (("row_ptr", index[0]), ("col_ptr", index[3])):
-        if not tensor.shape[0]:
-            raise RegrowError(f"{name} is empty; it needs one entry more than there are block rows or columns")
+    if not index[0].shape[0]:
+        raise RegrowError("row_ptr is empty; it needs one entry more than there are block rows")
 
 
 def _check_blocks(values: Tensor, index: Sequence[Tensor]) -> None:
-    if values.dim() != 3 or values.shape[1] != values.shape[2]:
+    if values.dim() != 3 or values.shape[1] != values.shape[2] or not values.shape[1]:
         raise RegrowError(f"values must be [n_blocks, b, b], not {list(values.shape)}")
-    for name in ("col_idx", "slot", "row_idx_t", "slot_t"):
-        size = index[_NAMES.index(name)].shape[0]
-        if size != values.shape[0]:
-            raise RegrowError(f"{name} has {size} entries for {values.shape[0]} blocks")
+    for name, tensor in (("col_idx", index[1]), ("slot", index[2])):
+        if tensor.shape[0] != values.shape[0]:
+            raise RegrowError(f"{name} has {tensor.shape[0]} entries for {values.shape[0]} blocks")
 
 
-def _check_matrix(name: str, tensor: Tensor, ptr: Tensor, b: int) -> None:
-    width = (ptr.shape[0] - 1) * b
+def _check_out(name: str, tensor: Tensor, row_ptr: Tensor, b: int) -> None:
+    width = (row_ptr.shape[0] - 1) * b
     if tensor.dim() != 2 or tensor.shape[1] != width:
-        raise RegrowError(f"{name} is {list(tensor.shape)}; these indices and blocks of {b} need [N, {width}]")
+        raise RegrowError(f"{name} is {list(tensor.shape)}; row_ptr and blocks of {b} need [N, {width}]")
 
 
-def _check_contents(index: Sequence[Tensor], limit: int, names: Sequence[str]) -> None:
+def _check_in(x: Tensor, b: int) -> None:
+    if x.dim() != 2 or x.shape[1] % b:
+        raise RegrowError(f"x is {list(x.shape)}; blocks of {b} need [N, a multiple of {b}]")
+
+
+def _check_contents(index: Sequence[Tensor], n_cols: int) -> None:
     """What the compiled kernels check themselves, for the reference on a CPU (elsewhere it would wait)."""
-    ptr, idx, slot = index
-    if ptr.device.type != "cpu":
+    row_ptr, col_idx, slot = index
+    if row_ptr.device.type != "cpu":
         return
-    n = idx.numel()
-    if int(ptr[0]) != 0 or int(ptr[-1]) != n or bool((ptr.diff() < 0).any()):
-        raise RegrowError(f"{names[0]} must rise from 0 to the number of blocks, {n}")
-    for name, tensor, top in ((names[1], idx, limit), (names[2], slot, n)):
+    n = col_idx.numel()
+    if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or bool((row_ptr.diff() < 0).any()):
+        raise RegrowError(f"row_ptr must rise from 0 to the number of blocks, {n}")
+    for name, tensor, top in (("col_idx", col_idx, n_cols), ("slot", slot, n)):
         if n and not 0 <= int(tensor.min()) <= int(tensor.max()) < top:
             raise RegrowError(f"{name} holds an index outside [0, {top})")
 
@@ -221,7 +184,7 @@ def _check_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequen
     _check("x", x, {"values": values, "bias": bias}, index)
     _check_blocks(values, index)
     b = values.shape[1]
-    _check_matrix("x", x, index[3], b)
+    _check_in(x, b)
     out = (index[0].shape[0] - 1) * b
     if bias is not None and bias.shape != (out,):
         raise RegrowError(f"bias is {list(bias.shape)}; expected [{out}]")
@@ -230,20 +193,23 @@ def _check_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequen
 def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
     _check_forward(x, values, bias, index)
     if cpu.supports(x, values.shape[1]):
-        return cpu.spmm(x, values, bias, index[:3])
-    _check_contents(index[:3], index[3].numel() - 1, _NAMES[:3])
-    return reference.spmm(x, values, bias, index[:3])
+        return cpu.spmm(x, values, bias, index)
+    _check_contents(index, x.shape[1] // values.shape[1])
+    return reference.spmm(x, values, bias, index)
 
 
-def _spmm_t(g: Tensor, values: Tensor, *index: Tensor) -> Tensor:
+def _spmm_t(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    *index, in_features = rest
     _check("g", g, {"values": values}, index)
     _check_blocks(values, index)
     b = values.shape[1]
-    _check_matrix("g", g, index[0], b)
+    _check_out("g", g, index[0], b)
+    if in_features < 0 or in_features % b:
+        raise RegrowError(f"in_features is {in_features}; it must be a multiple of the block edge, {b}")
     if cpu.supports(g, b):
-        return cpu.spmm(g, values, None, index[3:], transposed=True)
-    _check_contents(index[3:], index[0].numel() - 1, _NAMES[3:])
-    return reference.spmm_t(g, values, index[3:])
+        return cpu.spmm_t(g, values, index, in_features)
+    _check_contents(index, in_features // b)
+    return reference.spmm_t(g, values, index, in_features)
 
 
 def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -251,25 +217,25 @@ def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _check("g", g, {"x": x}, index)
     if b < 1:
         raise RegrowError(f"block_size is {b}; it must be positive")
-    _check_matrix("g", g, index[0], b)
-    _check_matrix("x", x, index[3], b)
+    _check_out("g", g, index[0], b)
+    _check_in(x, b)
     if g.shape[0] != x.shape[0]:
         raise RegrowError(f"g has {g.shape[0]} rows and x has {x.shape[0]}; they must agree")
-    if len({index[i].numel() for i in (1, 2, 4, 5)}) != 1:
-        raise RegrowError("col_idx, slot, row_idx_t and slot_t must have one entry per block")
+    if index[1].numel() != index[2].numel():
+        raise RegrowError("col_idx and slot must have one entry per block")
     if cpu.supports(g, b):
-        return cpu.sddmm(g, x, index[:3], b, with_sum)
-    _check_contents(index[:3], index[3].numel() - 1, _NAMES[:3])
-    return reference.sddmm(g, x, index[:3], b), g.sum(0) if with_sum else g.new_empty(0)
+        return cpu.sddmm(g, x, index, b, with_sum)
+    _check_contents(index, x.shape[1] // b)
+    return reference.sddmm(g, x, index, b), g.sum(0) if with_sum else g.new_empty(0)
 
 
 def _spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *index, with_slope = rest
     _check_forward(x, values, bias, index)
     if cpu.supports(x, values.shape[1]):
-        return cpu.spmm_gelu(x, values, bias, index[:3], with_slope)
-    _check_contents(index[:3], index[3].numel() - 1, _NAMES[:3])
-    y, slope = reference.gelu_with_slope(reference.spmm(x, values, bias, index[:3]))
+        return cpu.spmm_gelu(x, values, bias, index, with_slope)
+    _check_contents(index, x.shape[1] // values.shape[1])
+    y, slope = reference.gelu_with_slope(reference.spmm(x, values, bias, index))
     return y, slope if with_slope else x.new_empty(0)
 
 
@@ -280,22 +246,23 @@ def _spmm_gelu_backward(
     _check("g", g, {"slope": slope, "x": x, "values": values}, index)
     _check_blocks(values, index)
     b = values.shape[1]
-    for name, tensor, ptr in (("g", g, index[0]), ("slope", slope, index[0]), ("x", x, index[3])):
-        _check_matrix(name, tensor, ptr, b)
+    _check_out("g", g, index[0], b)
+    _check_out("slope", slope, index[0], b)
+    _check_in(x, b)
     if not g.shape[0] == slope.shape[0] == x.shape[0]:
         raise RegrowError(f"g, slope and x have {g.shape[0]}, {slope.shape[0]} and {x.shape[0]} rows; they must agree")
     dx, dvalues, dbias = (g.new_empty(0) for _ in range(3))
     if not cpu.supports(g, b):
         h = g * slope
         if need_x:
-            dx = _spmm_t(h, values, *index)
+            dx = _spmm_t(h, values, *index, x.shape[1])
         if need_values or need_bias:
             dvalues, dbias = _sddmm(h, x, *index, b, need_bias)
         return dx, dvalues, dbias
     if need_x:
-        dx = cpu.spmm(g, values, None, index[3:], transposed=True, scale=slope)
+        dx = cpu.spmm_t(g, values, index, x.shape[1], scale=slope)
     if need_values or need_bias:
-        dvalues, dbias = cpu.sddmm(g, x, index[:3], b, need_bias, scale=slope)
+        dvalues, dbias = cpu.sddmm(g, x, index, b, need_bias, scale=slope)
     return dx, dvalues, dbias
 
 
@@ -303,8 +270,8 @@ def _spmm_fake(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -
     return x.new_empty(x.shape[0], (index[0].shape[0] - 1) * values.shape[1])
 
 
-def _spmm_t_fake(g: Tensor, values: Tensor, *index: Tensor) -> Tensor:
-    return g.new_empty(g.shape[0], (index[3].shape[0] - 1) * values.shape[1])
+def _spmm_t_fake(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return g.new_empty(g.shape[0], rest[-1])
 
 
 def _sddmm_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -332,7 +299,7 @@ def _spmm_gelu_backward_fake(
 
 # ---- gradients ------------------------------------------------------------------------------------
 # With S = the blocks that exist: y = x W^T, dx = g W, dW = S(g^T x) are linear in each argument, and the
-# gradient of each is made of the other two. `None`s are for the six index arrays.
+# gradient of each is made of the other two. `None`s are for the index arrays and what is no tensor.
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -347,13 +314,13 @@ def _spmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _spmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values, *index = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    dx = _SPMM_T(g, values, *index) if need_x else None
+    dx = _SPMM_T(g, values, *index, x.shape[1]) if need_x else None
     dvalues = dbias = None
     if need_values:  # its pass over g yields the bias's gradient too
         dvalues, dbias = _SDDMM(g, x, *index, values.shape[1], need_bias)
     elif need_bias:
         dbias = g.sum(0)
-    return dx, dvalues, dbias if need_bias else None, *[None] * 6
+    return dx, dvalues, dbias if need_bias else None, *[None] * 3
 
 
 def _spmm_t_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
@@ -361,7 +328,7 @@ def _spmm_t_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     need_g, need_values = ctx.needs_input_grad[:2]
     dg = _SPMM(h, values, None, *index) if need_g else None
     dvalues = _SDDMM(g, h, *index, values.shape[1], False)[0] if need_values else None
-    return dg, dvalues, *[None] * 6
+    return dg, dvalues, *[None] * 4
 
 
 def _sddmm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -374,8 +341,8 @@ def _sddmm_backward(ctx: Any, h: Tensor, h_sum: Tensor) -> tuple[Tensor | None, 
     need_g, need_x = ctx.needs_input_grad[:2]
     # A sum over tokens hands its gradient to every token: as a bias does.
     dg = _SPMM(x, h, h_sum if ctx.with_sum else None, *index) if need_g else None
-    dx = _SPMM_T(g, h, *index) if need_x else None
-    return dg, dx, *[None] * 8
+    dx = _SPMM_T(g, h, *index, x.shape[1]) if need_x else None
+    return dg, dx, *[None] * 5
 
 
 def _spmm_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -388,7 +355,7 @@ def _spmm_gelu_gradient(ctx: Any, g: Tensor, _g_slope: Tensor) -> tuple[Tensor |
     x, values, slope, *index = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     grads = _SPMM_GELU_BACKWARD(g, slope, x, values, *index, *needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 7
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 4
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> Any:

@@ -20,16 +20,18 @@ def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]
 
     ``index`` is ``(row_ptr, col_idx, slot)``.
     """
-    y = _gather_multiply_add(x, values.transpose(1, 2), *index)
+    row_ptr, col_idx, slot = index
+    y = _gather_multiply_add(x, values.transpose(1, 2), col_idx, owners(row_ptr), slot, row_ptr.numel() - 1)
     return y if bias is None else y + bias
 
 
-def spmm_t(g: Tensor, values: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """``dx = g W``: ``g [N, R*b]``, ``values [n_blocks, b, b]`` -> ``dx [N, C*b]``.
+def spmm_t(g: Tensor, values: Tensor, index: Sequence[Tensor], in_features: int) -> Tensor:
+    """``dx = g W``: ``g [N, R*b]``, ``values [n_blocks, b, b]`` -> ``dx [N, in_features = C*b]``.
 
-    ``index`` is ``(col_ptr, row_idx_t, slot_t)``.
+    ``index`` is ``(row_ptr, col_idx, slot)``.
     """
-    return _gather_multiply_add(g, values, *index)
+    row_ptr, col_idx, slot = index
+    return _gather_multiply_add(g, values, owners(row_ptr), col_idx, slot, in_features // values.shape[1])
 
 
 def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int) -> Tensor:
@@ -54,23 +56,23 @@ def gelu_with_slope(h: Tensor) -> tuple[Tensor, Tensor]:
     return gelu(h), 0.5 * (1 + torch.erf(h / math.sqrt(2))) + h * density
 
 
-def owners(ptr: Tensor) -> Tensor:
-    """The block row (or column) of each position: ``ptr [R+1]`` -> ``[n_blocks]``.
+def owners(row_ptr: Tensor) -> Tensor:
+    """The block row of each position: ``row_ptr [R+1]`` -> ``[n_blocks]``.
 
     >>> owners(torch.tensor([0, 2, 2, 3]))
     tensor([0, 0, 2])
     """
-    counts = ptr.diff().long()
-    return torch.repeat_interleave(torch.arange(counts.numel(), device=ptr.device), counts)
+    counts = row_ptr.diff().long()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=row_ptr.device), counts)
 
 
-def _gather_multiply_add(x: Tensor, blocks: Tensor, ptr: Tensor, idx: Tensor, slot: Tensor) -> Tensor:
-    """Adds ``x[:, idx] @ blocks[slot]`` to the output block that owns the position."""
+def _gather_multiply_add(x: Tensor, blocks: Tensor, in_of: Tensor, out_of: Tensor, slot: Tensor, n_out: int) -> Tensor:
+    """Adds ``x[:, in_of] @ blocks[slot]`` to the output block ``out_of`` of each position."""
     n, b = x.shape[0], blocks.shape[1]
-    x_blocks, out_of, slots = _by_block(x, b), owners(ptr), slot.long()
-    y = x.new_zeros(ptr.numel() - 1, n, b)
+    x_blocks, (sources, targets, slots) = _by_block(x, b), (i.long() for i in (in_of, out_of, slot))
+    y = x.new_zeros(n_out, n, b)
     for part in _chunks(slots.numel(), n * b):
-        y = y.index_add(0, out_of[part], torch.bmm(x_blocks[idx[part].long()], blocks[slots[part]]))
+        y = y.index_add(0, targets[part], torch.bmm(x_blocks[sources[part]], blocks[slots[part]]))
     return y.transpose(0, 1).reshape(n, y.shape[0] * b)
 
 

@@ -93,17 +93,18 @@ def ch2_l3n(links: BlockTopology) -> Iterator[tuple[int, Tensor]]:
 
     The adjacency ``A`` is a sparse matrix of ones, so its products are the library's own kernels at block edge 1.
     """
-    index = links.indices()
+    index, n_cols = links.indices(), links.n_block_cols
     ones = torch.ones(links.n_blocks, 1, 1, device=links.slot.device)
     rows, cols = links.coordinates()
-    row_degree, col_degree = links.row_ptr.diff().float(), links.col_ptr.diff().float()
-    for first, last in _pieces(links.n_block_rows, links.n_block_cols):
-        a = _adjacency(rows, cols, first, last, links.n_block_cols)
+    row_degree = links.row_ptr.diff().float()
+    col_degree = torch.bincount(cols, minlength=n_cols).float()
+    for first, last in _pieces(links.n_block_rows, n_cols):
+        a = _adjacency(rows, cols, first, last, n_cols)
         shared = kernels.spmm(a, ones, None, *index)  # [m, R]: common neighbours of two block rows
-        scores = kernels.spmm_t(_weights(shared, row_degree), ones, *index)
-        for left, right in _pieces(links.n_block_cols, links.n_block_rows, row=links.n_block_cols):
+        scores = kernels.spmm_t(_weights(shared, row_degree), ones, *index, n_cols)
+        for left, right in _pieces(n_cols, links.n_block_rows, row=n_cols):
             a_t = _adjacency(cols, rows, left, right, links.n_block_rows)
-            shared = kernels.spmm_t(a_t, ones, *index)  # [m, C]: common neighbours of two block columns
+            shared = kernels.spmm_t(a_t, ones, *index, n_cols)  # [m, C]: common neighbours of two block columns
             scores[:, left:right] += a @ _weights(shared, col_degree).T
         yield first, scores
 

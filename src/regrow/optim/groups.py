@@ -19,7 +19,7 @@ def parameter_groups(
     *,
     lr: float | None = None,
     lr_rule: LrRule = "eq3",
-    lr_scope: LrScope = "all",
+    lr_scope: LrScope = "sparse",
     width_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
     """AdamW groups: matrices and blocks decay, biases and LayerNorm weights (vectors) do not.
@@ -29,8 +29,9 @@ def parameter_groups(
         weight_decay: of matrices and blocks.
         lr: the dense optimum; without it the groups carry no learning rate and the optimizer's own is used.
         lr_rule, width_ratio: how a density raises it, see :func:`sparse_learning_rate`.
-        lr_scope: ``"sparse"`` raises it for blocks only, layer by layer; ``"all"`` for every parameter, by the
-            density of all sparse layers together, as in the paper.
+        lr_scope: ``"sparse"`` raises it for blocks only, layer by layer, which measured better (see
+            docs/methods-compared.md); ``"all"`` for every parameter, by the density of all sparse layers together, as
+            in the paper.
 
     Example:
         >>> groups = parameter_groups(nn.Linear(2, 3), 0.01)

@@ -14,8 +14,7 @@ from regrow.errors import RegrowError
 from regrow.topology.sampling import sample_distinct, sample_free
 from regrow.topology.update import TopologyUpdate
 
-_SAVED = ("row_ptr", "col_idx", "slot")
-_DERIVED = ("col_ptr", "row_idx_t", "slot_t")
+_BUFFERS = ("row_ptr", "col_idx", "slot")
 _MAX_POSITIONS = 2**31 - 1  # indices are int32
 
 
@@ -29,9 +28,6 @@ class BlockTopology(nn.Module):
                           (PyTorch's sparse tensors call it ``crow_indices``)
     ``col_idx``  [n]      block column of each entry, ascending within a row
     ``slot``     [n]      row of ``values`` that holds the entry: a permutation of ``0..n-1``
-    ``col_ptr``  [C + 1]  the same by columns (CSC), derived and not saved
-    ``row_idx_t``  [n]    block row of each CSC entry, derived
-    ``slot_t``   [n]      slot of each CSC entry, derived
     ===========  =======  ==========================================================================
 
     Example:
@@ -43,9 +39,6 @@ class BlockTopology(nn.Module):
     row_ptr: Tensor
     col_idx: Tensor
     slot: Tensor
-    col_ptr: Tensor
-    row_idx_t: Tensor
-    slot_t: Tensor
 
     def __init__(
         self,
@@ -58,10 +51,8 @@ class BlockTopology(nn.Module):
         super().__init__()
         check_counts(n_block_rows, n_block_cols, n_blocks)
         self.n_block_rows, self.n_block_cols, self.n_blocks = n_block_rows, n_block_cols, n_blocks
-        sizes = {"row_ptr": n_block_rows + 1, "col_ptr": n_block_cols + 1}
-        for name in _SAVED + _DERIVED:
-            empty = torch.zeros(sizes.get(name, n_blocks), dtype=torch.int32, device=device)
-            self.register_buffer(name, empty, persistent=name in _SAVED)
+        for name, size in zip(_BUFFERS, (n_block_rows + 1, n_blocks, n_blocks), strict=True):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int32, device=device))
 
     @classmethod
     def from_coordinates(
@@ -98,9 +89,9 @@ class BlockTopology(nn.Module):
         """Number of block positions, ``R * C``."""
         return self.n_block_rows * self.n_block_cols
 
-    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The six index arrays in the order every kernel takes them: CSR, then CSC."""
-        return self.row_ptr, self.col_idx, self.slot, self.col_ptr, self.row_idx_t, self.slot_t
+    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(row_ptr, col_idx, slot)``, the order in which every kernel takes them."""
+        return self.row_ptr, self.col_idx, self.slot
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
         """``(rows [n], cols [n])`` as int64, indexed **by slot**: slot ``k`` sits at ``(rows[k], cols[k])``."""
@@ -148,8 +139,7 @@ class BlockTopology(nn.Module):
             self.resize(rows.numel())
         self.slot.copy_(order)
         self.col_idx.copy_(cols[order])
-        self.row_ptr.copy_(_pointers(rows, self.n_block_rows))
-        self._derive(rows, cols)
+        self.row_ptr.copy_(torch.bincount(rows + 1, minlength=self.n_block_rows + 1).cumsum(0))
 
     def reallocate(self, update: TopologyUpdate) -> Tensor:
         """Apply an update; slots it does not name keep their positions.
@@ -179,12 +169,12 @@ class BlockTopology(nn.Module):
         """Make room for another number of entries; they are meaningless until the next assignment or load."""
         check_counts(self.n_block_rows, self.n_block_cols, n_blocks)
         self.n_blocks = n_blocks
-        for name in ("col_idx", "slot", "row_idx_t", "slot_t"):
+        for name in ("col_idx", "slot"):
             setattr(self, name, torch.zeros(n_blocks, dtype=torch.int32, device=self.row_ptr.device))
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Check the saved arrays (they may come from a file) and rebuild the derived ones from them.
+        """Check the arrays, which may come from a file.
 
         Raises:
             RegrowError: naming the array, if pointers are not monotone, an index is out of range, columns
@@ -197,25 +187,16 @@ class BlockTopology(nn.Module):
         _check_range("slot", self.slot, n)
         if bool((torch.bincount(self.slot.long(), minlength=n) != 1).any()):
             raise RegrowError("slot must name every row of values exactly once; the file or state is damaged")
-        rows, cols = self.coordinates()
-        keys = (rows * self.n_block_cols + cols)[self.slot.long()]
-        if bool((keys.diff() <= 0).any()):
+        if bool((self.keys()[self.slot.long()].diff() <= 0).any()):
             raise RegrowError("col_idx must ascend strictly within each block row; the file or state is damaged")
-        self._derive(rows, cols)
-
-    def _derive(self, rows: Tensor, cols: Tensor) -> None:
-        order = torch.argsort(cols * self.n_block_rows + rows)
-        self.slot_t.copy_(order)
-        self.row_idx_t.copy_(rows[order])
-        self.col_ptr.copy_(_pointers(cols, self.n_block_cols))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        for name in _SAVED:
+        for name in _BUFFERS:
             loaded = state_dict.get(prefix + name)
             if loaded is not None and loaded.is_floating_point():
                 raise RegrowError(f"{prefix}{name} must hold integers, got {loaded.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if all(prefix + name in state_dict for name in _SAVED) and not self.slot.is_meta:
+        if all(prefix + name in state_dict for name in _BUFFERS) and not self.slot.is_meta:
             try:
                 self.validate()
             except RegrowError as error:
@@ -236,12 +217,6 @@ def check_counts(n_block_rows: int, n_block_cols: int, n_blocks: int) -> None:
             f"n_blocks must lie between 1 and {n_block_rows * n_block_cols} "
             f"({n_block_rows} x {n_block_cols} positions), got {n_blocks}"
         )
-
-
-def _pointers(index: Tensor, size: int) -> Tensor:
-    """``[size + 1]`` running count of ``index`` values: where each row or column begins."""
-    counts = torch.bincount(index, minlength=size)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _check_range(name: str, index: Tensor, size: int) -> None:
