@@ -30,6 +30,28 @@ def test_without_re_allocation_it_is_torchs(fused: bool) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_compiled_step_is_the_formula(block: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> list[torch.Tensor]:
+        p = nn.Parameter(torch.linspace(-1, 1, 7 * block**2).view(7, block, block))
+        optimizer = AdamW([p], lr=0.01, regrow_warmup=5)
+        stepped(optimizer, p, 3)
+        reset_slots_(optimizer, p, torch.tensor([2, 6]))
+        stepped(optimizer, p, 9, seed=1)
+        return [p.detach(), *optimizer.state[p].values()]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compiled = trained()
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr("regrow.kernels.cpu.supports_adamw", lambda *written: False)
+    for ours, formula in zip(compiled, trained(), strict=True):
+        torch.testing.assert_close(ours, formula, rtol=1e-5, atol=1e-6)
+
+
 def test_a_re_allocated_block_is_updated_as_a_fresh_parameter() -> None:
     p, fresh = nn.Parameter(torch.ones(3, 2, 2)), nn.Parameter(torch.zeros(1, 2, 2))
     a, b = AdamW([p], lr=0.01), torch.optim.AdamW([fresh], lr=0.01)

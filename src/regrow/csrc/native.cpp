@@ -267,6 +267,15 @@ void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, 
     });
 }
 
+void adamw_step(Address values, Address grad, Address mean, Address square, Address size, Address root,
+                int64_t n_blocks, int64_t elements, float beta1, float beta2, float keep, float eps, int threads) {
+    const AdamwArgs a{at<float>(values), at<float>(mean), at<float>(square), at<const float>(grad), at<const float>(size),
+                      at<const float>(root), elements, beta1, beta2, keep, eps};
+    nb::gil_scoped_release release;
+    const int n = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n_blocks, 1)));
+    parallel(n, [&](int i) { g_table->adamw(a, cut(n_blocks, i, n), cut(n_blocks, i + 1, n)); });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -288,4 +297,6 @@ NB_MODULE(_native, m) {
           "n_tokens"_a, "in_blocks"_a, "out_blocks"_a, "n_blocks"_a, "block"_a, "transposed"_a, "gelu"_a, "threads"_a);
     m.def("sddmm", &sddmm, "g"_a, "scale"_a, "x"_a, "dvalues"_a, "g_sum"_a, "row_ptr"_a, "col_idx"_a, "slot"_a,
           "n_tokens"_a, "rows"_a, "cols"_a, "n_blocks"_a, "block"_a, "threads"_a);
+    m.def("adamw", &adamw_step, "values"_a, "grad"_a, "mean"_a, "square"_a, "size"_a, "root"_a, "n_blocks"_a,
+          "elements"_a, "beta1"_a, "beta2"_a, "keep"_a, "eps"_a, "threads"_a);
 }

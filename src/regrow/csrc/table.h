@@ -39,6 +39,14 @@ struct SddmmArgs {          // a range of R block rows of a weight
     int block;
 };
 
+struct AdamwArgs {
+    float *values, *mean, *square;  // [n_blocks, elements]
+    const float* grad;              // [n_blocks, elements]
+    const float *size, *root;       // [n_blocks] step size; 1 / sqrt(1 - beta2^t)
+    int64_t elements;
+    float beta1, beta2, keep, eps;  // keep = 1 - lr * weight_decay
+};
+
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
@@ -56,6 +64,8 @@ struct KernelTable {
     // dvalues[slot[p]] = sum over the accumulators in order, p < n_blocks.
     void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
                    float* dvalues);
+    // Blocks [b0, b1).
+    void (*adamw)(const AdamwArgs&, int64_t b0, int64_t b1);
 };
 
 extern const KernelTable kGenericTable;

@@ -99,7 +99,33 @@ def sddmm(
     return dvalues, g_sum
 
 
-def _call(name: str, arrays: Sequence[Tensor | None], *sizes: int) -> None:
+def supports_adamw(*written: Tensor) -> bool:
+    """Whether :func:`adamw_` can write these tensors."""
+    return all(x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() and x.numel() for x in written)
+
+
+def adamw_(
+    values: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    size: Tensor,
+    root: Tensor,
+    *,
+    betas: tuple[float, float],
+    keep: float,
+    eps: float,
+) -> None:
+    r"""One AdamW step in place, ``values``, ``mean`` and ``square`` contiguous float32 on a CPU.
+
+    ``size`` [n_blocks] is each block's step size, ``root`` its :math:`1 / \sqrt{1 - \beta_2^t}`, ``keep`` is 1 - lr *
+    weight decay.
+    """
+    shape = values.shape[0], values[0].numel()
+    _call("adamw", (values, grad, mean, square, size, root), *shape, *betas, keep, eps)
+
+
+def _call(name: str, arrays: Sequence[Tensor | None], *sizes: float) -> None:
     arrays = [None if array is None else array.contiguous() for array in arrays]  # kept until the call returns
     addresses = [0 if array is None else array.data_ptr() for array in arrays]
     try:

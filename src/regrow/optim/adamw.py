@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from regrow.errors import RegrowError
+from regrow.kernels import cpu
 
 BLOCK_STEP = "block_step"
 
@@ -26,7 +27,8 @@ class AdamW(torch.optim.AdamW):
     .. math:: w \leftarrow w - \eta\,\min(1, t/W)\,\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     damps its first ``W`` updates. Until its first re-allocation a parameter is updated by torch's fused kernel, and
-    dense parameters always are; afterwards a float32 per block is kept.
+    dense parameters always are; afterwards by our own, also in one pass, and a float32 per block is kept (as much as the
+    values themselves at block edge 1).
 
     Args:
         params, lr, betas, eps, weight_decay: as ``torch.optim.AdamW``; weight decay is decoupled and not damped.
@@ -106,13 +108,15 @@ class AdamW(torch.optim.AdamW):
         mean, square, t = state["exp_avg"], state["exp_avg_sq"], state[BLOCK_STEP]
         state["step"] += 1
         t += 1
-        each = (-1, *[1] * (parameter.dim() - 1))
-        size = lr / (1 - beta1**t)
+        size, root, keep = lr / (1 - beta1**t), (1 - beta2**t).rsqrt_(), 1 - lr * group["weight_decay"]
         if self.regrow_warmup:
             damping = (t / self.regrow_warmup).clamp_max(1.0)
             size *= torch.where(t < state["step"], damping, 1.0)  # blocks of the start are as old as training
-        parameter.mul_(1 - lr * group["weight_decay"])
+        if cpu.supports_adamw(parameter, mean, square):
+            cpu.adamw_(parameter, gradient, mean, square, size, root, betas=group["betas"], keep=keep, eps=group["eps"])
+            return
+        each = (-1, *[1] * (parameter.dim() - 1))
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = square.sqrt().mul_((1 - beta2**t).rsqrt_().view(each)).add_(group["eps"])
-        parameter.addcdiv_(mean * size.view(each), denominator, value=-1.0)
+        denominator = square.sqrt().mul_(root.view(each)).add_(group["eps"])
+        parameter.mul_(keep).addcdiv_(mean * size.view(each), denominator, value=-1.0)
