@@ -27,8 +27,8 @@ class AdamW(torch.optim.AdamW):
     .. math:: w \leftarrow w - \eta\,\min(1, t/W)\,\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     damps its first ``W`` updates. Until its first re-allocation a parameter is updated by torch's fused kernel, and
-    dense parameters always are; afterwards by our own, also in one pass, and a float32 per block is kept (as much as the
-    values themselves at block edge 1).
+    dense parameters always are; afterwards by our own, also in one pass, and a float32 per block is kept (at block
+    edge 1 as much as the values themselves).
 
     Args:
         params, lr, betas, eps, weight_decay: as ``torch.optim.AdamW``; weight decay is decoupled and not damped.
