@@ -145,7 +145,8 @@ class PretrainConfig:
         """Raise :class:`RegrowError` for a value no run can use, before anything is read or written."""
         size = size_named(self.size)
         check_density(self.density)
-        check_block_size(size.hidden, 4 * size.hidden, self.block_size)
+        if not self.dense:
+            check_block_size(size.hidden, 4 * size.hidden, self.block_size)
         for name in ("steps", "batch_size", "eval_sequences", "save_steps", "keep_checkpoints", "logging_steps"):
             if getattr(self, name) < 1:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
