@@ -320,3 +320,19 @@ def test_the_documentation_is_what_the_methods_say() -> None:
     assert page.read_text() == markdown() + "\n", "run: regrow methods --markdown > docs/methods.md"
     for name in ("dynsparse", "static", "set", "smet", "gse", "cht", "chts", "rigl", "snfs", "srigl", "gmp"):
         assert f"\n{name} " in listing()
+
+
+def test_the_comparison_is_what_the_committed_runs_say() -> None:
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    made = subprocess.run(
+        [sys.executable, "benchmarks/compare_methods.py", "page", "benchmarks/methods.json"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert made.stdout == (root / "docs" / "methods-compared.md").read_text()
