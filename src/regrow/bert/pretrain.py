@@ -26,7 +26,7 @@ from regrow.bert.trainer import PretrainingTrainer, ProgressBar
 from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
 from regrow.methods import Method
-from regrow.nn import named_sparse_layers
+from regrow.nn import density_of, named_sparse_layers
 from regrow.nn.linear import check_block_size
 from regrow.optim import AdamW, parameter_groups, supar_init_factor
 from regrow.optim.groups import LrScope
@@ -238,7 +238,7 @@ def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) ->
         step=trainer.state.global_step,
         before=before,
         after=after,
-        density=1.0 if config.dense else _density(model),
+        density=1.0 if config.dense else density_of(layer for _, layer in named_sparse_layers(model)),
         coverage=topology.updater.coverage if topology and topology.updater else None,
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
@@ -332,12 +332,6 @@ def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def _density(model: BertForPreTraining) -> float:
-    """Share of the sparse layers' weights that exist now: a method may have changed it."""
-    layers = [layer for _, layer in named_sparse_layers(model)]
-    return sum(layer.values.numel() for layer in layers) / sum(x.in_features * x.out_features for x in layers)
 
 
 def _evaluations(run: RunDirectory, step: int) -> tuple[dict[str, float] | None, dict[str, float] | None]:

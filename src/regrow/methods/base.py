@@ -32,6 +32,10 @@ class LayerSize:
     block_size: int
     n_blocks: int
 
+    def dense_gradient_flops(self, tokens: int) -> int:
+        """Of the gradient of the full weight."""
+        return 2 * tokens * self.in_features * self.out_features
+
 
 class Method(ABC):
     """A sparse-training method: decides which blocks of one layer move where.

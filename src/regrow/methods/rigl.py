@@ -68,4 +68,4 @@ class RigL(Method):
         return exchange_keeping(topology, dropped[: positions.numel()], positions)
 
     def update_flops(self, layer: LayerSize, tokens: int) -> int:
-        return 2 * tokens * layer.in_features * layer.out_features
+        return layer.dense_gradient_flops(tokens)

@@ -92,7 +92,7 @@ class SNFS(Method):
         return exchange(topology, dropped[: dropped.numel() - short], positions)
 
     def update_flops(self, layer: LayerSize, tokens: int) -> int:
-        return 2 * tokens * layer.in_features * layer.out_features
+        return layer.dense_gradient_flops(tokens)
 
 
 def _mean_momentum(signals: Signals) -> float:

@@ -85,7 +85,7 @@ class SRigL(Method):
 
     def update_flops(self, layer: LayerSize, tokens: int) -> int:
         # Once for the salient positions of the layer, once for the fill of each row: pieces are not kept.
-        return 4 * tokens * layer.in_features * layer.out_features
+        return 2 * layer.dense_gradient_flops(tokens)
 
     def _active_rows(self, topology: BlockTopology, budget: int, salient_rows: Tensor) -> Tensor:
         """Rows that stay, ascending: enough salient positions, and enough rows to hold the budget."""

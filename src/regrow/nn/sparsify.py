@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
@@ -27,6 +27,18 @@ def named_sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLine
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLinear):
             yield name, module
+
+
+def density_of(layers: Iterable[BlockSparseLinear]) -> float:
+    """Share of the weights of all these layers together that exist now.
+
+    Example:
+        >>> layers = [BlockSparseLinear(64, 64, block_size=16, density=d) for d in (0.25, 0.75)]
+        >>> density_of(layers)
+        0.5
+    """
+    layers = list(layers)
+    return sum(x.values.numel() for x in layers) / sum(x.in_features * x.out_features for x in layers)
 
 
 def sparsify(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from regrow.errors import RegrowError
-from regrow.nn import named_sparse_layers
+from regrow.nn import density_of, named_sparse_layers
 from regrow.optim.lr_rules import LrRule, sparse_learning_rate
 
 LrScope = Literal["sparse", "all"]
@@ -53,17 +53,11 @@ def parameter_groups(
     ]
     by_density: dict[float, list[nn.Parameter]] = {}
     for layer in layers:
-        by_density.setdefault(layer.density if lr_scope == "sparse" else _density(layers), []).append(layer.values)
+        by_density.setdefault(layer.density if lr_scope == "sparse" else density_of(layers), []).append(layer.values)
     for density, values in by_density.items():
         groups.append({"params": values, "weight_decay": weight_decay, "density": density})
     if lr is not None:
         for group in groups:
-            density = group.get("density", 1.0 if lr_scope == "sparse" or not layers else _density(layers))
+            density = group.get("density", 1.0 if lr_scope == "sparse" or not layers else density_of(layers))
             group["lr"] = sparse_learning_rate(lr, density, lr_rule if density < 1 else "none", width_ratio=width_ratio)
     return [group for group in groups if group["params"]]
-
-
-def _density(layers: list[Any]) -> float:
-    """Of all layers together."""
-    total = sum(layer.in_features * layer.out_features for layer in layers)
-    return sum(layer.values.numel() for layer in layers) / total
