@@ -1,5 +1,5 @@
 // Vectors of 8 floats: AVX2 and FMA.
 #define REGROW_ISA_AVX2
-#include "kernels.h"
+#include "isa.h"
 
 REGROW_TABLE(kAvx2Table, "avx2");

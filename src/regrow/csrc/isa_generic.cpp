@@ -1,4 +1,4 @@
 // Vectors of 4 floats, on any CPU.
-#include "kernels.h"
+#include "isa.h"
 
 REGROW_TABLE(kGenericTable, "generic");

@@ -6,7 +6,6 @@
 // the tile stays in the L2 cache while every block of the weight passes over it. docs/kernels.md has the
 // whole picture.
 #pragma once
-#include "adamw.h"
 #include "table.h"
 #include "vec.h"
 
@@ -662,9 +661,3 @@ void reduce_any(int block, const float* acc, size_t acc_stride, int n_acc, const
 }
 
 }  // namespace
-
-#define REGROW_TABLE(identifier, name)                                                            \
-    extern const KernelTable identifier;                                                          \
-    const KernelTable identifier = {name,             spmm_scratch_any, sddmm_scratch_any, pack_rows_any, \
-                                    pack_columns_any, spmm_any,         sddmm_any,         reduce_any,    \
-                                    adamw}

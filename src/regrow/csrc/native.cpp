@@ -2,38 +2,9 @@
 // kernels of the best instruction set this CPU has. It knows nothing of torch: arrays come as addresses, because
 // converting ten array objects a call took longer than the arithmetic of a few tokens. Whoever calls vouches for
 // their sizes (cpu.py, after the checks of ops.py); what they hold is checked here.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <string>
-#include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "table.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
+#include "runtime.h"
 
 namespace {
-
-using Address = uintptr_t;
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-[[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
 
 // ---- the instruction set ----------------------------------------------------------------------
 
@@ -50,8 +21,6 @@ std::vector<const KernelTable*> available_tables() {  // best last
 #endif
     return tables;
 }
-
-const KernelTable* g_table = &kGenericTable;
 
 void set_isa(const std::string& name) {
     std::string known;
@@ -90,57 +59,6 @@ void check_indices(const int32_t* row_ptr, const int32_t* col_idx, const int32_t
     check_range(col_idx, "col_idx", n_blocks, cols);
     check_range(slot, "slot", n_blocks, n_blocks);
 }
-
-// ---- scratch and threads ----------------------------------------------------------------------
-
-// Memory kept by a calling thread between calls. It only grows, up to what its largest call needed: a copy
-// of the weight's blocks (spmm; transposed, with an index for each) or two (sddmm), and per thread the panels of one
-// tile, in the transposed product an index for every block column, and for single elements the ends of rows in chunks,
-// rounded up to 2 MB.
-class Scratch {
-  public:
-    ~Scratch() { std::free(data_); }
-    float* reserve(size_t floats) {
-        if (floats > size_) {
-            std::free(data_);
-            data_ = nullptr;
-            size_ = 0;
-            const size_t bytes = (floats * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
-            data_ = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
-            if (!data_) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-            // A tile is read block by block, in no order: with small pages it outgrows the first-level TLB.
-            madvise(data_, bytes, MADV_HUGEPAGE);
-#endif
-            size_ = bytes / sizeof(float);
-        }
-        return data_;
-    }
-
-  private:
-    static constexpr size_t kHugePage = 2 << 20;
-    float* data_ = nullptr;
-    size_t size_ = 0;
-};
-thread_local Scratch t_scratch;
-
-size_t padded(size_t floats) { return (floats + 1023) / 1024 * 1024; }  // whole pages: no false sharing
-
-// f(part) for part in [0, n). The split depends on n alone, so results do not depend on how many threads
-// come. With n == 1 OpenMP is never entered, which keeps a forked child of a threaded parent safe.
-template <class F>
-void parallel(int n, F&& f) {
-#ifdef _OPENMP
-    if (n > 1) {
-#pragma omp parallel num_threads(n)
-        for (int part = omp_get_thread_num(); part < n; part += omp_get_num_threads()) f(part);
-        return;
-    }
-#endif
-    for (int part = 0; part < n; ++part) f(part);
-}
-
-int64_t cut(int64_t total, int part, int parts) { return total * part / parts; }
 
 // ---- the two operations -----------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def _spmm(
     y = x.new_empty(n, width)
     slope = torch.empty_like(y) if with_slope else y.new_empty(0)
     sizes = n, x.shape[1] // b, width // b, n_blocks, b, in_features is not None, gelu
-    _call("spmm", (x, scale, values, bias, y, slope if with_slope else None, *index), *sizes)
+    call("spmm", (x, scale, values, bias, y, slope if with_slope else None, *index), *sizes)
     return y, slope
 
 
@@ -95,7 +95,7 @@ def sddmm(
     dvalues = g.new_empty(n_blocks, block_size, block_size)
     g_sum = g.new_empty(g.shape[1] if with_sum else 0)
     sizes = g.shape[0], index[0].shape[0] - 1, x.shape[1] // block_size, n_blocks, block_size
-    _call("sddmm", (g, scale, x, dvalues, g_sum if with_sum else None, *index), *sizes)
+    call("sddmm", (g, scale, x, dvalues, g_sum if with_sum else None, *index), *sizes)
     return dvalues, g_sum
 
 
@@ -122,10 +122,11 @@ def adamw_(
     weight decay.
     """
     shape = values.shape[0], values[0].numel()
-    _call("adamw", (values, grad, mean, square, size, root), *shape, *betas, keep, eps)
+    call("adamw", (values, grad, mean, square, size, root), *shape, *betas, keep, eps)
 
 
-def _call(name: str, arrays: Sequence[Tensor | None], *sizes: float) -> None:
+def call(name: str, arrays: Sequence[Tensor | None], *sizes: float) -> None:
+    """Call a function of the extension with the addresses of ``arrays``, made contiguous, and ``sizes``."""
     arrays = [None if array is None else array.contiguous() for array in arrays]  # kept until the call returns
     addresses = [0 if array is None else array.data_ptr() for array in arrays]
     try:

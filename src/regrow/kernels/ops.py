@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu, reference
+from regrow.kernels.register import register_operator
 
 _INDEX = "Tensor row_ptr, Tensor col_idx, Tensor slot"
 
@@ -362,37 +363,10 @@ def _no_second_gradient(ctx: Any, *grads: Tensor) -> Any:
     raise RegrowError("spmm_gelu has no second derivative; use gelu(spmm(...))")
 
 
-def _register(name: str, forward: Any, fake: Any, gradient: Any, setup: Any) -> None:
-    op = getattr(torch.ops.regrow, name).default
-
-    def without_gradient(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    # What torch.library.register_autograd makes too, but that reads the schema anew at every call, which takes longer
-    # than all the checks above.
-    class Function(torch.autograd.Function):
-        backward = staticmethod(gradient)
-
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = without_gradient(*args)
-            setup(ctx, args, output)
-            return output
-
-    def with_gradient(*args: Any) -> Any:
-        needed = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        return Function.apply(*args) if needed else without_gradient(*args)
-
-    torch.library.impl(f"regrow::{name}", "CompositeExplicitAutograd")(forward)
-    torch.library.impl(f"regrow::{name}", "Autograd")(with_gradient)
-    torch.library.register_fake(f"regrow::{name}")(fake)
-
-
-_register("spmm", _spmm, _spmm_fake, _spmm_backward, _spmm_setup)
-_register("spmm_t", _spmm_t, _spmm_t_fake, _spmm_t_backward, _save)
-_register("sddmm", _sddmm, _sddmm_fake, _sddmm_backward, _sddmm_setup)
-_register("spmm_gelu", _spmm_gelu, _spmm_gelu_fake, _spmm_gelu_gradient, _spmm_gelu_setup)
-_register(
+register_operator("spmm", _spmm, _spmm_fake, _spmm_backward, _spmm_setup)
+register_operator("spmm_t", _spmm_t, _spmm_t_fake, _spmm_t_backward, _save)
+register_operator("sddmm", _sddmm, _sddmm_fake, _sddmm_backward, _sddmm_setup)
+register_operator("spmm_gelu", _spmm_gelu, _spmm_gelu_fake, _spmm_gelu_gradient, _spmm_gelu_setup)
+register_operator(
     "spmm_gelu_backward", _spmm_gelu_backward, _spmm_gelu_backward_fake, _no_second_gradient, lambda *context: None
 )

@@ -1,0 +1,21 @@
+// Every kernel, and the table of them. Included once per instruction set, by isa_*.cpp, which says which one it is.
+#pragma once
+#include "adamw.h"
+#include "kernels.h"
+#include "table.h"
+
+// clang-format off
+#define REGROW_TABLE(identifier, isa)      \
+    extern const KernelTable identifier;   \
+    const KernelTable identifier = {       \
+        .name = isa,                       \
+        .spmm_scratch = spmm_scratch_any,  \
+        .sddmm_scratch = sddmm_scratch_any,\
+        .pack_rows = pack_rows_any,        \
+        .pack_columns = pack_columns_any,  \
+        .spmm = spmm_any,                  \
+        .sddmm = sddmm_any,                \
+        .reduce = reduce_any,              \
+        .adamw = adamw,                    \
+    }
+// clang-format on
