@@ -2,6 +2,7 @@
 #pragma once
 #include "adamw.h"
 #include "kernels.h"
+#include "loss.h"
 #include "table.h"
 
 // clang-format off
@@ -17,5 +18,6 @@
         .sddmm = sddmm_any,                \
         .reduce = reduce_any,              \
         .adamw = adamw,                    \
+        .cross_entropy = cross_entropy,    \
     }
 // clang-format on

@@ -47,6 +47,14 @@ struct AdamwArgs {
     float beta1, beta2, keep, eps;  // keep = 1 - lr * weight_decay
 };
 
+struct LossArgs {
+    float* logits;           // [rows, classes]
+    const int64_t* targets;  // [rows]
+    float* losses;           // [rows]
+    int64_t classes;
+    float scale;             // of the gradient; 0 for none
+};
+
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
@@ -66,6 +74,8 @@ struct KernelTable {
                    float* dvalues);
     // Blocks [b0, b1).
     void (*adamw)(const AdamwArgs&, int64_t b0, int64_t b1);
+    // Rows [r0, r1); the gradient's sum is added to `sum` [classes].
+    void (*cross_entropy)(const LossArgs&, int64_t r0, int64_t r1, float* sum);
 };
 
 extern const KernelTable kGenericTable;

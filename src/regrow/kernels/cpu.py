@@ -125,6 +125,21 @@ def adamw_(
     call("adamw", (values, grad, mean, square, size, root), *shape, *betas, keep, eps)
 
 
+def supports_dense(x: Tensor) -> bool:
+    """Whether the kernels for dense arrays handle it."""
+    return x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy ``[rows]`` of ``logits [rows, classes]``, and the column sums of its gradient times ``scale``.
+
+    That gradient takes the place of the logits; with scale 0 there is none, and no sums.
+    """
+    losses, sums = logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[1] if scale else 0)
+    call("cross_entropy", (logits, targets, losses, sums), *logits.shape, scale)
+    return losses, sums
+
+
 def call(name: str, arrays: Sequence[Tensor | None], *sizes: float) -> None:
     """Call a function of the extension with the addresses of ``arrays``, made contiguous, and ``sizes``."""
     arrays = [None if array is None else array.contiguous() for array in arrays]  # kept until the call returns
