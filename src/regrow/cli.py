@@ -80,17 +80,54 @@ def methods(argv: Sequence[str]) -> int:
 
 def bench(argv: Sequence[str]) -> int:
     """measure sparse against dense on this machine"""
+    parser = _OneLineParser(
+        prog="regrow bench",
+        description="Time sparse against dense in one process, taking turns; medians.",
+        epilog="each teaches its options: regrow bench kernels --help",
+    )
+    what = {"kernels": _bench_kernels, "step": _bench_step}
+    parser.add_argument("what", choices=list(what), help="kernels: one layer at a time; step: a whole training step")
+    return what[parser.parse_args(argv[:1]).what](argv[1:])
+
+
+def advise(argv: Sequence[str]) -> int:
+    """say which block sizes and densities pay off here"""
+    from regrow.bench.advise import advise as measure
+    from regrow.bench.advise import table
+
+    parser = _OneLineParser(
+        prog="regrow advise",
+        description="For each layer shape and block size: the sparsity beyond which sparse training beats dense on "
+        "this machine, and the expected speed-up of a training step. Measured once, then remembered.",
+        epilog="example: regrow advise small    or: regrow advise 512x2048,2048x512 --blocks 16",
+    )
+    parser.add_argument("target", metavar="WHAT", help="tiny ... large, shapes as 512x2048, or a model directory")
+    parser.add_argument("--blocks", type=_list_of(int), default="1,4,8,16,32", help="block sizes")
+    parser.add_argument("--tokens", type=int, default=4096, help="rows of the input")
+    asked = parser.parse_args(argv)
+    print(table(measure(_shapes_of(asked.target), blocks=asked.blocks, tokens=asked.tokens, progress=True)))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain": pretrain,
+    "bench": bench,
+    "advise": advise,
+    "methods": methods,
+}
+
+
+def _bench_kernels(argv: Sequence[str]) -> int:
     from regrow.bench.kernels import SHAPES, bench_kernels, bench_peers, peer_table, table, write_json
     from regrow.bench.roofline import memory_bandwidth, plot
 
     parser = _OneLineParser(
-        prog="regrow bench",
+        prog="regrow bench kernels",
         description="Time forward + backward of BlockSparseLinear against torch.nn.Linear, both through autograd, in "
         "one process, taking turns; medians.",
         epilog="example: regrow bench kernels --blocks 4,16 --densities 0.1,0.05 --json speed.json",
     )
     default = ",".join(f"{i}x{o}" for i, o in SHAPES)
-    parser.add_argument("what", choices=["kernels"], help="kernels: one layer at a time")
     parser.add_argument("--shapes", type=_list_of(_shape), default=default, help="IN x OUT, as 512x2048,768x768")
     parser.add_argument("--blocks", type=_list_of(int), default="1,4,8,16,32", help="block sizes")
     parser.add_argument("--densities", type=_list_of(float), default="0.1", help="shares of blocks that exist")
@@ -124,31 +161,38 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
-def advise(argv: Sequence[str]) -> int:
-    """say which block sizes and densities pay off here"""
-    from regrow.bench.advise import advise as measure
-    from regrow.bench.advise import table
+def _bench_step(argv: Sequence[str]) -> int:
+    from regrow.bert.bench import StepConfig, bench_step, table, write_json
 
+    config = StepConfig()
     parser = _OneLineParser(
-        prog="regrow advise",
-        description="For each layer shape and block size: the sparsity beyond which sparse training beats dense on "
-        "this machine, and the expected speed-up of a training step. Measured once, then remembered.",
-        epilog="example: regrow advise small    or: regrow advise 512x2048,2048x512 --blocks 16",
+        prog="regrow bench step",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Time a whole training step of BERT (forward, backward, clipping, AdamW), sparse against the "
+        "strongest dense baseline of PyTorch and transformers, and against the same dense model with this library's "
+        "fused operations. Says where the time and the memory go.",
+        epilog="example: regrow bench step --size small --block-size 16 --density 0.1 --json step.json",
     )
-    parser.add_argument("target", metavar="WHAT", help="tiny ... large, shapes as 512x2048, or a model directory")
-    parser.add_argument("--blocks", type=_list_of(int), default="1,4,8,16,32", help="block sizes")
-    parser.add_argument("--tokens", type=int, default=4096, help="rows of the input")
-    asked = parser.parse_args(argv)
-    print(table(measure(_shapes_of(asked.target), blocks=asked.blocks, tokens=asked.tokens, progress=True)))
+    parser.add_argument("--size", default=config.size, help="tiny ... large, or LAYERS/HIDDEN/HEADS")
+    parser.add_argument("--dense-size", help="of the dense model, if another: to compare pairs of equal FLOPs")
+    parser.add_argument("--block-size", type=int, default=config.block_size, help="edge of a block")
+    parser.add_argument("--density", type=float, default=config.density, help="share of encoder blocks that exist")
+    parser.add_argument("--batch-size", type=int, default=config.batch_size, help="sequences in a step")
+    parser.add_argument("--max-length", type=int, default=config.max_length, help="tokens of a sequence")
+    parser.add_argument("--vocab-size", type=int, default=config.vocab_size, help="size of the vocabulary")
+    parser.add_argument("--dropout", type=float, help="by default the size's own, as in the paper")
+    parser.add_argument("--fuse", default=config.fuse, help="operations fused in the sparse model: all, none, or some")
+    parser.add_argument("--encoder-only", action="store_true", help="the encoder's layers alone")
+    parser.add_argument("--rounds", type=int, default=config.rounds, help="medians are taken over so many rounds")
+    parser.add_argument("--quick", action="store_true", help="three rounds: under a minute for small")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result and the machine to a file")
+    asked = vars(parser.parse_args(argv))
+    quick, path = asked.pop("quick"), asked.pop("json")
+    result = bench_step(StepConfig(**asked | ({"rounds": 3} if quick else {})), progress=True)
+    print(table(result))
+    if path is not None:
+        write_json(result, path)
     return 0
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "pretrain": pretrain,
-    "bench": bench,
-    "advise": advise,
-    "methods": methods,
-}
 
 
 def _shapes_of(target: str) -> list[tuple[int, int]]:

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from transformers import BertConfig
 from transformers.utils import ModelOutput
 
+from regrow.bert.fused import Fusions, fuse
 from regrow.bert.masking import IGNORE
 from regrow.nn import named_sparse_layers, sparsify
+from regrow.nn.loss import linear_cross_entropy
 from regrow.topology.distribution import Distribution
 
 ENCODER = "bert.encoder.*"
@@ -32,7 +34,7 @@ class PretrainingOutput(ModelOutput):
         loss: mlm_loss + nsp_loss.
         mlm_loss: mean cross-entropy over the predicted positions.
         nsp_loss: mean cross-entropy of next-sentence prediction.
-        prediction_logits: [n, vocabulary].
+        prediction_logits: [n, vocabulary]; None while training with a fused loss, which never holds them all.
         seq_relationship_logits: [batch, 2]; class 1 means a random second segment.
     """
 
@@ -59,11 +61,21 @@ class BertForPreTraining(transformers.BertForPreTraining):
             next_sentence_label: [batch] 1 where the second segment is a random one.
             inputs: attention_mask, token_type_ids: [batch, length].
         """
+        fusions = getattr(self.bert, "fusions", Fusions.named("none"))
+        head = self.cls.predictions
+        fused_loss = fusions.loss and self.training
+        # The head's gradient has every row of the shared weight; the few rows of the embedding's go on top of it.
+        self.bert.sparse_embedding_gradient = fused_loss and head.decoder.weight is self.get_input_embeddings().weight
         hidden, pooled = self.bert(input_ids, **inputs)[:2]
-        predicted = labels != IGNORE
-        logits = self.cls.predictions(hidden[predicted])
+        rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+        predicted, targets = hidden.flatten(0, 1).index_select(0, rows), labels.flatten().index_select(0, rows)
+        if fused_loss:
+            logits, decoder = None, head.decoder
+            mlm_loss = linear_cross_entropy(head.transform(predicted), decoder.weight, decoder.bias, targets)
+        else:
+            logits = head(predicted)
+            mlm_loss = _mean_cross_entropy(logits, targets)
         relationship = self.cls.seq_relationship(pooled)
-        mlm_loss = _mean_cross_entropy(logits, labels[predicted])
         nsp_loss = F.cross_entropy(relationship.float(), next_sentence_label)
         return PretrainingOutput(mlm_loss + nsp_loss, mlm_loss, nsp_loss, logits, relationship)
 
@@ -80,12 +92,14 @@ def build_model(
     density: float | None,
     block_size: int,
     distribution: Distribution = "uniform",
+    fusions: Fusions | None = None,
     seed: int = 0,
 ) -> BertForPreTraining:
     """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
 
     The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
-    taken for what is left. ``density=None`` gives the dense baseline.
+    taken for what is left. ``density=None`` gives the dense baseline. By default all its operations are fused (see
+    :func:`regrow.bert.fused.fuse`).
     """
     with torch.device("meta"):
         model = BertForPreTraining(config)
@@ -96,7 +110,7 @@ def build_model(
             module.to_empty(device="cpu", recurse=False)
     model.tie_weights()
     model.initialize_weights()
-    return model
+    return fuse(model, fusions)
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from regrow.bert.corpus import corpus_fingerprint, read_documents
 from regrow.bert.data import prepare_splits
+from regrow.bert.fused import Fusions
 from regrow.bert.masking import WholeWordMasker
 from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stored_bytes
 from regrow.bert.run import RunDirectory
@@ -79,6 +80,7 @@ class PretrainConfig:
     )
     max_grad_norm: float = _option(1.0, "clip the global gradient norm; 0 is off")
     dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
+    fuse: str = _option("all", "fused operations: all, none, or some of attention,norm,ffn,qkv,unpad,loss")
     n_updates: int | None = _option(
         None, "segments between topology updates (the paper's n); by default one in 50 steps, at most 160"
     )
@@ -91,6 +93,7 @@ class PretrainConfig:
     text_field: str = _option("text", "name of the text column in .jsonl, .parquet and hub data")
     short_documents: Literal["skip", "error"] = _option("skip", "documents of fewer than two sentences")
     max_documents: int | None = _option(None, "read only the first so many documents")
+    workers: int = _option(0, "processes that prepare batches; 0 prepares them between steps")
     heldout_fraction: float = _option(0.02, "share of documents held out for evaluation")
     eval_sequences: int = _option(512, "evaluate on at most so many held-out sequences")
     eval_steps: int | None = _option(None, "evaluate every so many steps; by default at the start and the end")
@@ -150,11 +153,13 @@ class PretrainConfig:
         for name in ("steps", "batch_size", "eval_sequences", "save_steps", "keep_checkpoints", "logging_steps"):
             if getattr(self, name) < 1:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise RegrowError(f"workers must be at least 0, got {self.workers}")
         for name in ("learning_rate", "base_width"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RegrowError(f"{name} must be positive, got {value}")
-        _ = self.schedule, self.densities
+        _ = self.schedule, self.densities, Fusions.named(self.fuse)
         if not 0 <= self.warmup <= 1:
             raise RegrowError(f"warmup is a share of the steps in [0, 1], got {self.warmup}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
@@ -281,7 +286,12 @@ def _model(config: PretrainConfig, vocab_size: int) -> BertForPreTraining:
     bert = bert_config(config.size, vocab_size=vocab_size, max_length=config.max_length, dropout=config.dropout)
     density = None if config.dense else config.density
     model = build_model(
-        bert, density=density, block_size=config.block_size, distribution=config.densities, seed=config.seed
+        bert,
+        density=density,
+        block_size=config.block_size,
+        distribution=config.densities,
+        fusions=Fusions.named(config.fuse),
+        seed=config.seed,
     )
     if config.lr_rule == "supar":
         for _, layer in named_sparse_layers(model):
@@ -321,6 +331,8 @@ def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         train_sampling_strategy="sequential",  # the shuffling is inside the data set
         remove_unused_columns=False,
+        dataloader_num_workers=config.workers,
+        dataloader_prefetch_factor=4 if config.workers else None,
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="steps",
         eval_steps=config.eval_steps or config.steps,

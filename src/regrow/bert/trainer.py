@@ -19,7 +19,9 @@ _SUMS = ("mlm_loss", "nsp_loss", "steps")
 
 
 class PretrainingTrainer(SafeTrainer):
-    """Logs ``mlm_loss``, ``nsp_loss`` and ``tokens_per_second`` to the run directory and evaluates held-out pairs.
+    """Logs losses, ``tokens_per_second`` and ``data_wait`` to the run directory and evaluates held-out pairs.
+
+    Tokens are real ones, padding not counted; ``data_wait`` is the share of the time that training waited for batches.
 
     The running sums travel in the checkpoints, so a resumed run logs the same losses as an uninterrupted one.
     """
@@ -28,7 +30,16 @@ class PretrainingTrainer(SafeTrainer):
         super().__init__(*args, **kwargs)
         self.run, self.topology = run, topology
         self.sums = dict.fromkeys(_SUMS, 0.0)
-        self._tokens, self._since = 0, time.perf_counter()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - started
+        return batches
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -78,11 +89,11 @@ class PretrainingTrainer(SafeTrainer):
     def _take_means(self) -> dict[str, float]:
         steps = max(self.sums["steps"], 1.0)
         mlm, nsp = self.sums["mlm_loss"] / steps, self.sums["nsp_loss"] / steps
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._since, 1e-9)
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        speed = {"tokens_per_second": self._tokens / seconds, "data_wait": self._waited / seconds}
         self.sums = dict.fromkeys(_SUMS, 0.0)
-        self._tokens, self._since = 0, now
-        return {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, "tokens_per_second": rate}
+        self._start_clock()
+        return {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, **speed}
 
 
 class ProgressBar(TrainerCallback):

@@ -1,0 +1,265 @@
+"""How fast a whole training step is, sparse against dense, and where its time goes: ``regrow bench step``.
+
+Dense is the strongest baseline that PyTorch and transformers give here: transformers' BERT with
+``scaled_dot_product_attention``, the vocabulary head on the masked positions only, PyTorch's fused AdamW, and memory
+kept by the process (:mod:`regrow.allocator`). The same dense model with this library's fused operations is measured
+beside it, to tell what sparsity gives from what fusing gives. All take turns in one process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm.auto import tqdm
+
+from regrow.bench.timing import interleaved_medians
+from regrow.bert.fused import FusedBertModel, Fusions, Tokens
+from regrow.bert.masking import IGNORE
+from regrow.bert.model import build_model
+from regrow.bert.sizes import bert_config
+from regrow.errors import RegrowError
+from regrow.kernels.machine import describe_machine
+from regrow.nn import density_of, named_sparse_layers
+from regrow.nn.linear import check_block_size
+from regrow.optim import AdamW
+from regrow.topology.distribution import check_density
+
+DENSE, FUSED, SPARSE = "dense", "dense_fused", "sparse"
+
+_CLIP, _OPTIMIZER = "clip", "Optimizer.step"
+_PARTS = (  # the first that one of an operation's name's beginnings belongs to
+    ("attention", ("scaled_dot_product", "_scaled_dot_product", "_softmax", "bmm", "attention")),
+    ("feed-forward, fused", ("ffn",)),
+    ("sparse products", ("spmm", "sddmm")),
+    ("vocabulary head", ("_log_softmax", "nll_loss", "_LinearCrossEntropy")),
+    ("dense products", ("mm", "addmm")),
+    ("dropout and norm", ("native_layer_norm", "native_dropout", "bernoulli", "dropout")),
+    ("GELU", ("gelu",)),
+    ("embedding", ("embedding", "index_select", "_index_put_impl_", "index_add")),
+    ("adds, copies, fills", ("add", "mul", "div", "copy", "fill", "zero", "sum", "cat")),
+)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What is measured."""
+
+    size: str = "small"
+    dense_size: str | None = None
+    """Of the dense model, if another: for pairs of equal FLOPs."""
+    block_size: int = 16
+    density: float = 0.1
+    batch_size: int = 32
+    max_length: int = 128
+    vocab_size: int = 30522
+    dropout: float | None = None
+    """None: the size's own, as in the paper."""
+    fuse: str = "all"
+    """Which operations of the sparse model are fused."""
+    encoder_only: bool = False
+    """Forward and backward of the encoder's layers alone: no embeddings, no heads, no optimizer."""
+    rounds: int = 7
+
+    def check(self) -> None:
+        """Raise :class:`RegrowError` for values that no model can have."""
+        check_density(self.density)
+        hidden = bert_config(self.size, vocab_size=self.vocab_size, max_length=self.max_length).hidden_size
+        check_block_size(hidden, 4 * hidden, self.block_size)
+        Fusions.named(self.fuse)
+        for name in ("batch_size", "max_length", "vocab_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def bench_step(config: StepConfig, *, progress: bool = False) -> dict[str, Any]:
+    """Measure a training step, dense and sparse.
+
+    Returns:
+        ``dense_seconds``, ``sparse_seconds``, ``dense_fused_seconds`` (medians), ``speedup`` (dense over sparse),
+        ``parts`` (seconds of each part of a step by model, from a profile of a few steps), ``tokens_per_second``,
+        ``memory`` (bytes by model: ``state`` is weights, gradients, optimizer and indices; ``activations`` what
+        autograd keeps from the forward for the backward pass; ``peak`` the most at any time), ``config``,
+        ``baseline``, ``machine``.
+
+    Raises:
+        RegrowError: a value that no model can have.
+
+    Example:
+        >>> result = bench_step(StepConfig("1/32", batch_size=1, max_length=16, vocab_size=50, rounds=1))
+        >>> result["speedup"] == result["dense_seconds"] / result["sparse_seconds"]
+        True
+    """
+    config.check()
+    steps = {name: _Step(config, name) for name in (DENSE, FUSED, SPARSE)}
+    watch = (lambda rounds: tqdm(rounds, "measuring", unit="round", leave=False)) if progress else iter
+    seconds = interleaved_medians(steps, rounds=config.rounds, progress=watch)
+    profiles = {name: _profile(step, config) for name, step in steps.items()}
+    return {
+        "dense_seconds": seconds[DENSE],
+        "sparse_seconds": seconds[SPARSE],
+        "dense_fused_seconds": seconds[FUSED],
+        "speedup": seconds[DENSE] / seconds[SPARSE],
+        "parts": {name: parts for name, (parts, _) in profiles.items()},
+        "tokens_per_second": {name: config.batch_size * config.max_length / value for name, value in seconds.items()},
+        "memory": {
+            name: {"state": step.state_bytes(), "activations": step.activation_bytes(), "peak": profiles[name][1]}
+            for name, step in steps.items()
+        },
+        "density": density_of(layer for _, layer in named_sparse_layers(steps[SPARSE].model)),
+        "config": asdict(config),
+        "baseline": " ".join((__doc__ or "").partition("\n\n")[2].split()),
+        "machine": describe_machine(),
+    }
+
+
+class _Step:
+    """A training step of one model on one batch."""
+
+    def __init__(self, config: StepConfig, name: str) -> None:
+        size = config.size if name == SPARSE or config.dense_size is None else config.dense_size
+        bert = bert_config(size, vocab_size=config.vocab_size, max_length=config.max_length, dropout=config.dropout)
+        fusions = {DENSE: "none", FUSED: "all", SPARSE: config.fuse}[name]
+        torch.manual_seed(0)
+        self.model = build_model(
+            bert,
+            density=config.density if name == SPARSE else None,
+            block_size=config.block_size,
+            fusions=Fusions.named(fusions),
+        ).train()
+        self.batch = _batch(config)
+        self.encoder_only = config.encoder_only
+        shape = config.batch_size, config.max_length, bert.hidden_size
+        self.hidden, self.cotangent = torch.randn(shape).requires_grad_(), torch.randn(shape)
+        make = AdamW if name == SPARSE else torch.optim.AdamW
+        self.optimizer = make(self.model.parameters(), lr=1e-4, fused=True)  # type: ignore[call-arg]
+
+    def __call__(self) -> None:
+        self.backward(self.forward())
+        if self.encoder_only:
+            return
+        with record_function(_CLIP):
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    def forward(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.encoder_only:
+            return self.model(**self.batch).loss
+        self.hidden.grad = None
+        return _encode(self.model.bert, self.hidden)
+
+    def backward(self, output: Tensor) -> None:
+        output.backward(self.cotangent if self.encoder_only else None)
+
+    def state_bytes(self) -> int:
+        kept = [*self.model.state_dict().values(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        kept += [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return sum({x.data_ptr(): x.numel() * x.element_size() for x in kept}.values())
+
+    def activation_bytes(self) -> int:
+        """What a forward pass keeps for the backward pass, weights and inputs apart."""
+        kept: dict[int, int] = {}
+        known = {x.untyped_storage().data_ptr() for x in [*self.model.state_dict().values(), *self.batch.values()]}
+
+        def see(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with saved_tensors_hooks(see, lambda x: x):
+            output = self.forward()
+        del output
+        return sum(size for place, size in kept.items() if place not in known)
+
+
+def _batch(config: StepConfig) -> dict[str, Tensor]:
+    """Random tokens, full sequences, BERT's 15 % predicted."""
+    shape, draw = (config.batch_size, config.max_length), torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, shape, generator=draw)
+    chosen = torch.rand(shape, generator=draw).argsort(1)[:, : max(1, round(0.15 * config.max_length))]
+    labels = torch.full(shape, IGNORE).scatter(1, chosen, ids.gather(1, chosen))
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones(shape, dtype=torch.int64),
+        "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+        "next_sentence_label": torch.randint(2, shape[:1], generator=draw),
+    }
+
+
+def _encode(bert: FusedBertModel, x: Tensor) -> Tensor:
+    tokens = Tokens.of(x.shape[:2], None, True, x.device)
+    x = tokens.pack(x)
+    for layer in bert.encoder.layer:
+        x = layer(x, tokens, bert.fusions)
+    return tokens.pad(x)
+
+
+def _profile(step: _Step, config: StepConfig, rounds: int = 3) -> tuple[dict[str, float], int]:
+    """Seconds of each part of a step, and the most bytes held at any time of it."""
+    step.optimizer.zero_grad(set_to_none=True)
+    held = step.state_bytes()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profiler:
+        for _ in range(rounds):
+            step()
+    parts = dict.fromkeys([name for name, _ in _PARTS] + ["optimizer and clipping", "other"], 0.0)
+    for event in profiler.events() or []:
+        parts[_part_of(event, config.vocab_size)] += event.self_cpu_time_total / 1e6 / rounds
+    return {name: value for name, value in parts.items() if value}, held + _highest(profiler)
+
+
+def _part_of(event: Any, vocab_size: int) -> str:
+    above = event
+    while above is not None:
+        if above.name.startswith(_OPTIMIZER) or above.name == _CLIP:
+            return "optimizer and clipping"
+        above = above.cpu_parent
+    name = event.name.rpartition("::")[2]
+    if name in ("mm", "addmm") and any(vocab_size in shape for shape in event.input_shapes or []):
+        return "vocabulary head"
+    return next((part for part, beginnings in _PARTS if name.startswith(beginnings)), "other")
+
+
+def _highest(profiler: Any) -> int:
+    """The most bytes that were allocated at any time of a profile, beyond those at its start."""
+    level = top = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        top = max(top, level)
+    return top
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    names = {DENSE: "dense", FUSED: "dense, fused", SPARSE: "sparse"}
+    parts, memory = result["parts"], result["memory"]
+
+    def line(title: str, values: Iterable[str]) -> str:
+        return f"{title:24}" + "".join(f"{value:>14}" for value in values)
+
+    rows = [line("milliseconds a step", names.values())]
+    for part in dict.fromkeys(part for name in names for part in parts[name]):
+        rows += [line("  " + part, (f"{parts[name].get(part, 0) * 1e3:.1f}" for name in names))]
+    rows.append(line("step (median)", (f"{result[f'{name}_seconds'] * 1e3:.1f}" for name in names)))
+    rows.append(line("tokens a second", (f"{result['tokens_per_second'][name]:,.0f}" for name in names)))
+    for kind in ("state", "activations", "peak"):
+        rows += [line(f"{kind}, MB", (f"{memory[name][kind] / 1e6:,.0f}" for name in names))]
+    rows.append("")
+    rows.append(
+        f"dense over sparse {result['speedup']:.2f}x; dense over dense fused "
+        f"{result['dense_seconds'] / result['dense_fused_seconds']:.2f}x"
+    )
+    return "\n".join(rows)
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """The result as a file."""
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,233 @@
+"""BERT's encoder with its small operations fused: same weights, same names, same function, less memory traffic.
+
+Sparse products are so cheap that what lies between them decides the speed of a step: dropout and its random numbers,
+residuals and layer norms, the hidden activations of the feed-forward half, padding. :func:`fuse` replaces the forward
+passes of transformers' ``BertModel`` and ``BertLayer`` by ones made of the fused operations of :mod:`regrow.nn`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertModel
+
+from regrow.errors import RegrowError
+from regrow.nn import BlockSparseLinear
+from regrow.nn.attention import attention
+from regrow.nn.ffn import sparse_ffn
+from regrow.nn.merged import merged_linear
+from regrow.nn.norm import dropout, dropout_add_norm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """Which operations are fused; each can be switched off alone, to compare or to bisect.
+
+    Args:
+        attention: softmax, dropout and both products of :func:`regrow.nn.attention`, instead of PyTorch's
+            ``scaled_dot_product_attention``.
+        norm: :func:`regrow.nn.dropout_add_norm` for dropout + residual + LayerNorm.
+        ffn: :func:`regrow.nn.sparse_ffn` for the feed-forward half of a layer, where it is sparse.
+        qkv: :func:`regrow.nn.merged_linear` for query, key and value, where they are sparse.
+        unpad: padding is taken out at the embeddings and put back at the end.
+        loss: :func:`regrow.nn.linear_cross_entropy` for the vocabulary head, while training.
+    """
+
+    attention: bool = True
+    norm: bool = True
+    ffn: bool = True
+    qkv: bool = True
+    unpad: bool = True
+    loss: bool = True
+
+    @classmethod
+    def named(cls, names: str) -> Fusions:
+        """From ``all``, ``none``, or some of them: ``attention,norm``.
+
+        >>> Fusions.named("norm,loss")
+        Fusions(attention=False, norm=True, ffn=False, qkv=False, unpad=False, loss=True)
+        """
+        known = [field.name for field in fields(cls)]
+        chosen = {"all": known, "none": []}.get(names, names.split(","))
+        if unknown := [name for name in chosen if name not in known]:
+            raise RegrowError(f"fuse must be all, none, or some of {','.join(known)}; {unknown[0]!r} is none of them")
+        return cls(**{name: name in chosen for name in known})
+
+
+def fuse(model: Model, fusions: Fusions | None = None) -> Model:
+    """Make every ``BertModel`` in ``model`` compute with fused operations, in place.
+
+    Parameters, their names, saved files and results (to rounding) stay what they are; with dropout the random masks
+    are others than PyTorch's. Calls that ask for what the fused encoder has not (embeddings as input, attention
+    weights or hidden states as output, a mask that is not ``[batch, length]``) run transformers' own code.
+
+    Args:
+        fusions: all by default; with none, nothing is replaced.
+
+    Raises:
+        RegrowError: there is no ``BertModel``, or it is a decoder.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> bert = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).eval()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> before = bert(ids).last_hidden_state
+        >>> torch.allclose(fuse(bert)(ids).last_hidden_state, before, atol=1e-5)
+        True
+    """
+    fusions = fusions or Fusions()
+    if fusions == Fusions.named("none"):
+        return model
+    found = [module for module in model.modules() if isinstance(module, BertModel)]
+    if not found:
+        raise RegrowError("fuse found no BertModel in the model")
+    for bert in found:
+        if bert.config.is_decoder or bert.config.add_cross_attention:
+            raise RegrowError("fuse is for encoders; this BertModel is a decoder")
+        bert.__class__ = FusedBertModel
+        bert.fusions = fusions
+        for layer in bert.encoder.layer:
+            layer.__class__ = FusedBertLayer
+    return model
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which of a batch's positions are computed, side by side, and where each sequence begins among them.
+
+    Args:
+        batch, length: of the padded batch.
+        offsets: [batch + 1] int32, sequence ``s`` is the rows ``offsets[s]`` to ``offsets[s + 1]``.
+        rows: [n] the computed positions, ``batch_index * length + position``; None for all of them.
+        mask: [batch, length], True at real tokens, where padding is computed too; otherwise None.
+    """
+
+    batch: int
+    length: int
+    offsets: Tensor
+    rows: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, shape: torch.Size, mask: Tensor | None, unpad: bool, device: torch.device) -> Tokens:
+        """``mask [batch, length]`` is non-zero at real tokens."""
+        batch, length = shape
+        real = None if mask is None else mask.bool()
+        if real is not None and bool(real.all()):
+            real = None
+        if real is None or not unpad:
+            ends = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
+            return cls(batch, length, ends[: batch + 1], None, real)
+        counts = real.sum(1).cumsum(0)
+        return cls(batch, length, F.pad(counts, (1, 0)).int(), real.flatten().nonzero().squeeze(1), None)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[batch, length, ...]`` -> ``[n, ...]``."""
+        x = x.reshape(self.batch * self.length, *x.shape[2:])
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``[n, ...]`` -> ``[batch, length, ...]``, zero at padding."""
+        if self.rows is not None:
+            x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy(0, self.rows, x)
+        return x.view(self.batch, self.length, *x.shape[1:])
+
+
+class FusedBertModel(BertModel):
+    """``BertModel`` as :func:`fuse` leaves it."""
+
+    fusions: Fusions
+    sparse_embedding_gradient = False
+    """Hand autograd the word embedding's gradient as the rows that occur: for a head that shares the weight and whose
+    own gradient has every row, so that theirs are added in place."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        others = {name: value for name, value in others.items() if value is not None and name != "return_dict"}
+        ordinary = attention_mask is None or attention_mask.dim() == 2
+        if others or input_ids is None or not ordinary or self.config.output_hidden_states:
+            return super().forward(input_ids, attention_mask, token_type_ids, **others)
+        tokens = Tokens.of(input_ids.shape, attention_mask, self.fusions.unpad, input_ids.device)
+        x = self._embed(input_ids, token_type_ids, tokens)
+        for layer in self.encoder.layer:
+            x = layer(x, tokens, self.fusions)
+        hidden = tokens.pad(x)
+        pooled = None if self.pooler is None else self.pooler(hidden)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
+
+    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None, tokens: Tokens) -> Tensor:
+        part: BertEmbeddings = self.embeddings
+        ids = tokens.pack(input_ids)
+        positions = part.position_ids[:, : tokens.length].expand(tokens.batch, -1)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        word = part.word_embeddings
+        words = F.embedding(ids, word.weight, word.padding_idx, sparse=self.sparse_embedding_gradient and self.training)
+        places = part.position_embeddings(tokens.pack(positions)) + part.token_type_embeddings(tokens.pack(types))
+        norm, p = part.LayerNorm, part.dropout.p
+        if not self.fusions.norm:
+            return part.dropout(norm(words + places))
+        x = dropout_add_norm(words, places, norm.weight, norm.bias, eps=norm.eps)
+        return dropout(x, p, training=self.training)
+
+
+class FusedBertLayer(BertLayer):
+    """``BertLayer`` as :func:`fuse` leaves it, on ``[n, hidden]`` of packed tokens."""
+
+    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Any:
+        if not others or not isinstance(others[0], Tokens):
+            return super().forward(hidden_states, *others, **named)
+        tokens, fusions = others
+        x = self._add_norm(self.attention.output, self._attend(hidden_states, tokens, fusions), hidden_states, fusions)
+        return self._add_norm(self.output, self._feed_forward(x, fusions), x, fusions)
+
+    def _attend(self, x: Tensor, tokens: Tokens, fusions: Fusions) -> Tensor:
+        part = self.attention.self
+        layers = part.query, part.key, part.value
+        if fusions.qkv and all(isinstance(layer, BlockSparseLinear) for layer in layers):
+            qkv = merged_linear(layers, x)
+        else:
+            qkv = torch.cat([layer(x) for layer in layers], -1)
+        heads, p = part.num_attention_heads, part.dropout.p
+        if fusions.attention and tokens.mask is None:
+            y = attention(qkv, tokens.offsets, heads, p=p, training=self.training)
+        else:
+            y = _padded_attention(qkv, tokens, heads, p if self.training else 0.0)
+        return self.attention.output.dense(y)
+
+    def _feed_forward(self, x: Tensor, fusions: Fusions) -> Tensor:
+        first, second = self.intermediate.dense, self.output.dense
+        sparse = isinstance(first, BlockSparseLinear) and isinstance(second, BlockSparseLinear)
+        if fusions.ffn and sparse and isinstance(self.intermediate.intermediate_act_fn, GELUActivation):
+            return sparse_ffn(first, second, x)
+        return second(self.intermediate(x))
+
+    def _add_norm(self, part: nn.Module, x: Tensor, residual: Tensor, fusions: Fusions) -> Tensor:
+        norm, p = part.LayerNorm, part.dropout.p
+        if not fusions.norm:
+            return norm(part.dropout(x) + residual)
+        return dropout_add_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, p=p, training=self.training)
+
+
+def _padded_attention(qkv: Tensor, tokens: Tokens, heads: int, p: float) -> Tensor:
+    """PyTorch's attention, which wants sequences of equal length."""
+    shape = tokens.batch, tokens.length, 3, heads, -1
+    query, key, value = tokens.pad(qkv).view(shape).permute(2, 0, 3, 1, 4)
+    mask = tokens.mask
+    if tokens.rows is not None:
+        mask = tokens.pad(torch.ones_like(tokens.rows, dtype=torch.bool))
+    where = None if mask is None else mask[:, None, None, :]
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=where, dropout_p=p)
+    return tokens.pack(y.transpose(1, 2).flatten(2))

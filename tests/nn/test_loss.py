@@ -1,0 +1,127 @@
+"""The fused classifier loss against the two operations it replaces."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regrow.errors import RegrowError
+from regrow.kernels import cpu
+from regrow.nn.loss import linear_cross_entropy
+from tolerances import GRADIENT_FACTOR, assert_as_good_as_dense
+
+SIZES = [(7, 5, 3), (1, 1, 1), (33, 16, 17), (20, 64, 1000), (3, 8, 4100)]
+"""Rows, features, classes."""
+
+
+def problem(n: int, features: int, classes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(n * classes)
+    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((n, features), (classes, features), (classes,)))
+    return [x.to(dtype), weight.to(dtype), bias.to(dtype), torch.randint(classes, (n,), generator=draw)]
+
+
+def results(loss, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factor: float) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+    value = loss(leaves[0], leaves[1], leaves[2] if bias is not None else None, targets)
+    (value * factor).backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight, bias), targets)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_loss_and_gradients_are_as_good_as_the_plain_ones(size, rows, with_bias, isa) -> None:
+    x, weight, bias, targets = problem(*size)
+    bias = bias if with_bias else None
+    ours = results(lambda *a: linear_cross_entropy(*a, rows=rows), x, weight, bias, targets, 0.7)
+    dense = results(plain, x, weight, bias, targets, 0.7)
+    exact = results(plain, x.double(), weight.double(), None if bias is None else bias.double(), targets, 0.7)
+    for a, d, e in zip(ours, dense, exact, strict=True):
+        assert_as_good_as_dense(a, d, e, GRADIENT_FACTOR)
+
+
+def test_large_logits_neither_overflow_nor_vanish() -> None:
+    x = torch.tensor([[1e4, 0.0], [-1e4, 1.0]], requires_grad=True)
+    weight, targets = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 2])
+    loss = linear_cross_entropy(x, weight, None, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, plain(x, weight, None, targets))
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_other_dtypes_and_layouts_take_the_plain_road() -> None:
+    x, weight, bias, targets = problem(9, 6, 11, torch.float64)
+    ours = results(lambda *a: linear_cross_entropy(*a, rows=4), x, weight, bias, targets, 1.0)
+    for a, e in zip(ours, results(plain, x, weight, bias, targets, 1.0), strict=True):
+        torch.testing.assert_close(a, e)
+    wide = problem(9, 12, 11)
+    x, weight = wide[0][:, ::2], wide[1].t().contiguous().t()[:, ::2]
+    torch.testing.assert_close(linear_cross_entropy(x, weight, wide[2], wide[3]), plain(x, weight, wide[2], wide[3]))
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    x, weight, bias, targets = problem(4, 3, 5, torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a, targets, rows=3), leaves)
+
+
+def test_nothing_to_predict_costs_nothing() -> None:
+    x, weight, bias, targets = problem(0, 4, 6)
+    loss, *gradients = results(linear_cross_entropy, x, weight, bias, targets, 1.0)
+    assert loss == 0 and all(not gradient.any() for gradient in gradients)
+
+
+def test_threads_do_not_change_the_rows(threads: int) -> None:
+    """Sums over rows are cut by thread; each row's own loss and gradient are not."""
+    _, weight, _, targets = problem(8, 16, 300)
+    logits = weight[:8, :16].repeat(1, 19)[:, :300].contiguous()
+    one = logits.clone()
+    losses, _ = cpu.cross_entropy_(one, targets, 1.0)
+    torch.set_num_threads(1)
+    other = logits.clone()
+    expected, _ = cpu.cross_entropy_(other, targets, 1.0)
+    assert torch.equal(losses, expected) and torch.equal(one, other)
+
+
+def test_without_gradients_the_logits_are_left_alone() -> None:
+    x, weight, bias, targets = problem(5, 4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, weight, bias, targets), plain(x, weight, bias, targets))
+
+
+def test_only_so_many_rows_of_logits_exist() -> None:
+    n, classes, rows = 64, 512, 8
+    x, weight, bias, targets = problem(n, 4, classes)
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("nothing should be saved"), lambda t: t):
+        loss = linear_cross_entropy(x, weight, bias, targets, rows=rows)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        loss = linear_cross_entropy(x, weight, bias, targets, rows=rows)
+    largest = max(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    assert largest <= rows * classes * 4
+    loss.backward()
+    with pytest.raises(RegrowError, match="one backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(3)}, "x must be"),
+        ({"weight": torch.ones(6, 3)}, "weight"),
+        ({"bias": torch.ones(5)}, "bias must be"),
+        ({"targets": torch.zeros(5)}, "int64"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, "targets must be"),
+        ({"targets": torch.tensor([0, 1, 6, 0, 0])}, "targets holds 6"),
+        ({"targets": torch.tensor([0, 1, -100, 0, 0])}, "targets holds -100"),
+        ({"rows": 0}, "rows must be"),
+    ],
+)
+def test_errors_name_the_argument(change, message) -> None:
+    names = dict(zip(("x", "weight", "bias", "targets"), problem(5, 4, 6), strict=True)) | change
+    with pytest.raises(RegrowError, match=message):
+        linear_cross_entropy(**names)
