@@ -2,6 +2,7 @@
 #pragma once
 #include "adamw.h"
 #include "kernels.h"
+#include "norm.h"
 #include "table.h"
 
 // clang-format off
@@ -17,5 +18,8 @@
         .sddmm = sddmm_any,                \
         .reduce = reduce_any,              \
         .adamw = adamw,                    \
+        .dropout = dropout_any,            \
+        .norm = norm_any,                  \
+        .norm_backward = norm_backward_any,\
     }
 // clang-format on

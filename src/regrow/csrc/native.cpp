@@ -196,6 +196,8 @@ void adamw_step(Address values, Address grad, Address mean, Address square, Addr
 
 }  // namespace
 
+void bind_norm(nb::module_& m);
+
 NB_MODULE(_native, m) {
     g_table = available_tables().back();
     if (const char* wanted = std::getenv("REGROW_ISA"); wanted && *wanted) set_isa(wanted);
@@ -217,4 +219,5 @@ NB_MODULE(_native, m) {
           "n_tokens"_a, "rows"_a, "cols"_a, "n_blocks"_a, "block"_a, "threads"_a);
     m.def("adamw", &adamw_step, "values"_a, "grad"_a, "mean"_a, "square"_a, "size"_a, "root"_a, "n_blocks"_a,
           "elements"_a, "beta1"_a, "beta2"_a, "keep"_a, "eps"_a, "threads"_a);
+    bind_norm(m);
 }
