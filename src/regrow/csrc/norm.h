@@ -134,9 +134,7 @@ void norm_backward_rows(const NormGradArgs& a, int64_t r0, int64_t r1, float* no
             const V q = load_part(g + c, live) * load_part(a.weight + c, live);
             const V dh = (q - m1 - load(normed + c) * m2) * rstd;
             if (a.dh) store_part(a.dh + at + c, dh, live);
-            if constexpr (Drop) {
-                if (a.dx) store_part(a.dx + at + c, dh * load(factors + c), live);
-            }
+            if (a.dx) store_part(a.dx + at + c, Drop ? dh * load(factors + c) : dh, live);
         });
     }
 }

@@ -165,7 +165,7 @@ def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         cpu.call("dropout", (x, y), rows, cols, seed & 0xFFFFFFFFFFFFFFFF, threshold)
         return y
-    return x * dropout_factors(seed, rows, cols, p, x.dtype, x.device).view(x.shape)
+    return x.contiguous() * dropout_factors(seed, rows, cols, p, x.dtype, x.device).view(x.shape)
 
 
 def _dropout_fake(x: Tensor, p: float, seed: int) -> Tensor:
