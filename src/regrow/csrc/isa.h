@@ -3,6 +3,7 @@
 #include "adamw.h"
 #include "kernels.h"
 #include "loss.h"
+#include "norm.h"
 #include "table.h"
 
 // clang-format off
@@ -19,5 +20,8 @@
         .reduce = reduce_any,              \
         .adamw = adamw,                    \
         .cross_entropy = cross_entropy,    \
+        .dropout = dropout_any,            \
+        .norm = norm_any,                  \
+        .norm_backward = norm_backward_any,\
     }
 // clang-format on

@@ -101,19 +101,6 @@ Chunks find_chunks(const int32_t* ptr, const int32_t* idx, int64_t rows, int64_t
     return {count, rows, cuts};
 }
 
-// Copies up to n floats, the rest zero.
-INLINE V load_part(const float* p, int64_t n) {
-    float line[W] __attribute__((aligned(64))) = {};
-    memcpy(line, p, sizeof(float) * (n < W ? n : W));
-    return load(line);
-}
-INLINE void store_part(float* p, V v, int64_t n) {
-    if (n >= W) return store_any(p, v);
-    float line[W] __attribute__((aligned(64)));
-    store(line, v);
-    memcpy(p, line, sizeof(float) * n);
-}
-
 // x [n_tokens, blocks * B], rows x_width apart -> panel with `groups` token groups; tokens past the end are zero.
 // With `scale`, laid out as x, each number is multiplied by its factor.
 template <int B, bool Scaled>

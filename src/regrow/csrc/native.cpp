@@ -197,6 +197,7 @@ void adamw_step(Address values, Address grad, Address mean, Address square, Addr
 }  // namespace
 
 void bind_loss(nb::module_& m);
+void bind_norm(nb::module_& m);
 
 NB_MODULE(_native, m) {
     g_table = available_tables().back();
@@ -220,4 +221,5 @@ NB_MODULE(_native, m) {
     m.def("adamw", &adamw_step, "values"_a, "grad"_a, "mean"_a, "square"_a, "size"_a, "root"_a, "n_blocks"_a,
           "elements"_a, "beta1"_a, "beta2"_a, "keep"_a, "eps"_a, "threads"_a);
     bind_loss(m);
+    bind_norm(m);
 }

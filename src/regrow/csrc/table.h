@@ -55,6 +55,35 @@ struct LossArgs {
     float scale;             // of the gradient; 0 for none
 };
 
+struct DropArgs {
+    const float* x;         // [rows, width]
+    float* y;               // [rows, width]
+    int64_t width;
+    uint64_t seed;
+    uint32_t threshold;     // out of 65536, how many elements are dropped
+};
+
+struct NormArgs {           // y = LayerNorm(h), h = residual + dropout(x)
+    const float* x;         // [rows, width]
+    const float* residual;  // [rows, width] or null
+    const float *weight, *bias; // [width]
+    float* y;               // [rows, width]
+    float *mean, *rstd;     // [rows] of h: mean; 1 / standard deviation
+    int64_t width;
+    float eps;
+    uint64_t seed;
+    uint32_t threshold;
+};
+
+struct NormGradArgs {
+    const float *g, *x;     // [rows, width] gradient of y; see NormArgs for the rest
+    const float *residual, *weight, *mean, *rstd;
+    float *dx, *dh;         // [rows, width] or null
+    int64_t width;
+    uint64_t seed;
+    uint32_t threshold;
+};
+
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
@@ -76,6 +105,11 @@ struct KernelTable {
     void (*adamw)(const AdamwArgs&, int64_t b0, int64_t b1);
     // Rows [r0, r1); the gradient's sum is added to `sum` [classes].
     void (*cross_entropy)(const LossArgs&, int64_t r0, int64_t r1, float* sum);
+    // Rows [r0, r1); scratch holds two rows, each rounded up to 128 floats.
+    void (*dropout)(const DropArgs&, int64_t r0, int64_t r1);
+    void (*norm)(const NormArgs&, int64_t r0, int64_t r1, float* scratch);
+    // Adds the rows' gradients of weight and bias to dweight and dbias, also rounded up to 128 floats.
+    void (*norm_backward)(const NormGradArgs&, int64_t r0, int64_t r1, float* scratch, float* dweight, float* dbias);
 };
 
 extern const KernelTable kGenericTable;

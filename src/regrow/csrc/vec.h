@@ -33,6 +33,20 @@ INLINE V load_any(const float* p) { return *reinterpret_cast<const VAny*>(p); }
 INLINE void store(float* p, V v) { *reinterpret_cast<VAligned*>(p) = v; }
 INLINE void store_any(float* p, V v) { *reinterpret_cast<VAny*>(p) = v; }
 
+// Up to n floats, the rest zero.
+INLINE V load_part(const float* p, int64_t n) {
+    if (n >= W) return load_any(p);
+    float line[W] __attribute__((aligned(64))) = {};
+    memcpy(line, p, sizeof(float) * n);
+    return load(line);
+}
+INLINE void store_part(float* p, V v, int64_t n) {
+    if (n >= W) return store_any(p, v);
+    float line[W] __attribute__((aligned(64)));
+    store(line, v);
+    memcpy(p, line, sizeof(float) * n);
+}
+
 // A store around the caches, to a place aligned to a vector: the line is not read from memory first.
 // finish_streams() makes such stores visible to other threads.
 INLINE void stream(float* p, V v) {

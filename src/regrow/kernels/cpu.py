@@ -38,6 +38,11 @@ def supports(x: Tensor, block_size: int) -> bool:
     return x.is_cpu and x.dtype is torch.float32 and block_size in BLOCK_SIZES
 
 
+def supports_rows(*tensors: Tensor | None) -> bool:
+    """Whether the kernels of dropout and of LayerNorm handle them."""
+    return all(x is None or (x.is_cpu and x.dtype is torch.float32) for x in tensors)
+
+
 # Only addresses and sizes cross to the extension, which checks what the index arrays hold. The shapes, dtypes and
 # devices were checked by the operators.
 
