@@ -1,6 +1,7 @@
 // Every kernel, and the table of them. Included once per instruction set, by isa_*.cpp, which says which one it is.
 #pragma once
 #include "adamw.h"
+#include "ffn.h"
 #include "kernels.h"
 #include "table.h"
 
@@ -16,6 +17,9 @@
         .spmm = spmm_any,                  \
         .sddmm = sddmm_any,                \
         .reduce = reduce_any,              \
+        .ffn_plan = ffn_plan_any,          \
+        .ffn = ffn_any,                    \
+        .ffn_backward = ffn_backward_any,  \
         .adamw = adamw,                    \
     }
 // clang-format on
