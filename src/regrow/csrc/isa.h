@@ -1,6 +1,7 @@
 // Every kernel, and the table of them. Included once per instruction set, by isa_*.cpp, which says which one it is.
 #pragma once
 #include "adamw.h"
+#include "ffn.h"
 #include "kernels.h"
 #include "loss.h"
 #include "norm.h"
@@ -18,6 +19,9 @@
         .spmm = spmm_any,                  \
         .sddmm = sddmm_any,                \
         .reduce = reduce_any,              \
+        .ffn_plan = ffn_plan_any,          \
+        .ffn = ffn_any,                    \
+        .ffn_backward = ffn_backward_any,  \
         .adamw = adamw,                    \
         .cross_entropy = cross_entropy,    \
         .dropout = dropout_any,            \

@@ -184,12 +184,11 @@ void put_gelu(const float* h, int64_t n_tokens, int64_t width, float* y, float* 
 constexpr int64_t kSegment = 128;  // terms
 
 // One register tile: Mm token groups by PW outputs of one block row, over `n` of its blocks.
-//   out[m] (lanes (output, token)) = bias + sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
-// Rounding: a long row is summed in segments, because the error of one chain of additions grows with its length, and
-// the bias comes last, because a sum that starts at a large bias rounds every small product to the bias's precision.
-template <int B, int Mm>
-INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n,
-                       const float* bias, float* out, int64_t out_stride, bool streaming) {
+//   acc[m] (lanes (output, token)) = sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
+// handed to end(Int<Mm>, acc) while in the registers.
+// Rounding: a long row is summed in segments, because the error of one chain of additions grows with its length.
+template <int B, int Mm, class End>
+INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n, End&& end) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
     constexpr int64_t kBlocks = kSegment / B;
     V acc[Mm][NV];
@@ -220,27 +219,37 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
             unroll<NV>([&](auto v) LAMBDA { store(before + (m * NV + v) * W, acc[m][v]); });
         });
     }
-    unroll<NV>([&](auto v) LAMBDA {
-        const V end = bias ? load_any(bias + v * W) : V{};
-        if (streaming) {
-            unroll<Mm>([&](auto m) LAMBDA { stream(out + m * out_stride + v * W, acc[m][v] + end); });
-        } else {
-            unroll<Mm>([&](auto m) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v] + end); });
-        }
-    });
+    end(Int<Mm>{}, acc);
 }
 
 // The last register tile of a range may be shorter: a multiple of Q groups.
-template <int B, int Mm = Shape<B>::M>
+template <int B, class End, int Mm = Shape<B>::M>
 INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
-                        int64_t n, const float* bias, float* out, int64_t out_stride, bool streaming = false) {
+                        int64_t n, End&& end) {
     if constexpr (Mm > Shape<B>::Q) {
         if (groups < Mm) {
-            return spmm_groups<B, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, bias, out, out_stride,
-                                                    streaming);
+            return spmm_groups<B, End, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, static_cast<End&&>(end));
         }
     }
-    spmm_micro<B, Mm>(panel, stride, w, idx, n, bias, out, out_stride, streaming);
+    spmm_micro<B, Mm>(panel, stride, w, idx, n, end);
+}
+
+// The sums and a bias -> rows out_stride apart. The bias comes last, because a sum that starts at a large bias rounds
+// every small product to the bias's precision.
+template <int B>
+INLINE void spmm_rows(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
+                      int64_t n, const float* bias, float* out, int64_t out_stride, bool streaming = false) {
+    constexpr int NV = Shape<B>::NV;
+    spmm_groups<B>(groups, panel, stride, w, idx, n, [&](auto mm, auto& acc) LAMBDA {
+        unroll<NV>([&](auto v) LAMBDA {
+            const V end = bias ? load_any(bias + v * W) : V{};
+            if (streaming) {
+                unroll<mm>([&](auto m) LAMBDA { stream(out + m * out_stride + v * W, acc[m][v] + end); });
+            } else {
+                unroll<mm>([&](auto m) LAMBDA { store_any(out + m * out_stride + v * W, acc[m][v] + end); });
+            }
+        });
+    });
 }
 
 // ---- large blocks: vectors of outputs, straight into y ------------------------------------------
@@ -256,10 +265,10 @@ INLINE void spmm_row(const SpmmArgs& a, int64_t r, const float* part, int64_t st
         const float* bias = a.bias ? a.bias + r * B + piece : nullptr;
         float* to = y + r * B + piece;
         if (live >= m && !a.gelu) {
-            spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, to, out, streaming);
+            spmm_rows<B>(m, part, stride, w, a.idx + p0, n, bias, to, out, streaming);
             continue;
         }
-        spmm_groups<B>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
+        spmm_rows<B>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
         if (a.gelu) {
             put_gelu<PW>(spare, min64(m, live), PW, to, move(a.slope, to - a.y), out, streaming);
         } else {
@@ -291,19 +300,20 @@ void spmm_large(const SpmmArgs& a, int64_t t0, int64_t t1, float* spare, float* 
 
 // ---- small blocks: vectors of several tokens, collected and put in order at the end of a tile ----
 
-// sums [block rows r0 to r1][M groups][B * G] (lanes (output, token) within a vector) -> y, with the bias.
+// sums [block rows r0 to r1][groups][B * G] (lanes (output, token) within a vector), block rows `stride` apart, -> y,
+// with the bias.
 template <int B>
-void unpack(const SpmmArgs& a, int64_t r0, int64_t r1, const float* sums, int64_t n_tokens, float* y,
+void unpack(const SpmmArgs& a, int64_t r0, int64_t r1, const float* sums, int64_t stride, int64_t n_tokens, float* y,
             bool streaming) {
-    constexpr int G = Shape<B>::G, M = Shape<B>::M;
+    constexpr int G = Shape<B>::G;
     const int64_t out = a.out_blocks * B;
     for (int64_t group = 0; group * G < n_tokens; ++group) {
         const int64_t live = n_tokens - group * G;
         const float* from = sums + group * (B * G);
         float* to = y + group * G * out;
-        for (int64_t f = r0 * B; f < r1 * B; f += W, from += G * M * W) {  // G block rows make W columns
+        for (int64_t f = r0 * B; f < r1 * B; f += W, from += G * stride) {  // G block rows make W columns
             V v[G];
-            unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * (M * W))); });
+            unroll<G>([&](auto c) LAMBDA { v[c] = token_major<G>(load(from + c * stride)); });
             transpose<G>(v);
             const V bias = a.bias ? load_part(a.bias + f, out - f) : V{};
             if (a.gelu) {
@@ -334,10 +344,10 @@ void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* p
         pack_panel<B>(a.x + t0 * in, move(a.scale, t0 * in), in, a.in_blocks, n_tokens, groups, stride, panel);
         for (int64_t r = 0; r < a.out_blocks; ++r) {
             const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0;
-            spmm_groups<B>(groups, panel, stride, a.packed + p0 * (B * B), a.idx + p0, n, nullptr,
-                           sums + r * (M * B * G), B * G);
+            spmm_rows<B>(groups, panel, stride, a.packed + p0 * (B * B), a.idx + p0, n, nullptr, sums + r * (M * B * G),
+                         B * G);
         }
-        unpack<B>(a, 0, a.out_blocks, sums, n_tokens, a.y + t0 * out, streaming);
+        unpack<B>(a, 0, a.out_blocks, sums, M * W, n_tokens, a.y + t0 * out, streaming);
     }
 }
 
@@ -400,7 +410,7 @@ INLINE void spmm_elements(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums
                     add_chunk(a, chunks, c, r0, r1, min64(M, groups - m0), panel + m0 * W, stride, sums);
                 }
                 const int64_t live = min64(M * W, n_tokens - m0 * W);
-                unpack<1>(a, r0, r1, sums, live, a.y + (t0 + m0 * W) * out, streaming);
+                unpack<1>(a, r0, r1, sums, M * W, live, a.y + (t0 + m0 * W) * out, streaming);
             }
         }
     }

@@ -3,6 +3,7 @@
 // converting ten array objects a call took longer than the arithmetic of a few tokens. Whoever calls vouches for
 // their sizes (cpu.py, after the checks of ops.py); what they hold is checked here.
 #include "runtime.h"
+#include "weights.h"
 
 namespace {
 
@@ -34,62 +35,7 @@ void set_isa(const std::string& name) {
     fail("instruction set '" + name + "' is not available here; choose one of: " + known);
 }
 
-// ---- checks -----------------------------------------------------------------------------------
-
-// One bad index would read or write outside the arrays, so every call checks all of them: O(n_blocks).
-void check_range(const int32_t* v, const char* name, int64_t size, int64_t limit) {
-    uint32_t top = 0;  // a negative index is a large unsigned number
-    for (int64_t i = 0; i < size; ++i) top = std::max(top, uint32_t(v[i]));
-    if (size && top >= uint64_t(limit)) {
-        fail(std::string(name) + " holds " + std::to_string(int32_t(top)) + ", outside [0, " +
-             std::to_string(limit) + ")");
-    }
-}
-
-void check_indices(const int32_t* row_ptr, const int32_t* col_idx, const int32_t* slot, int64_t rows, int64_t cols,
-                   int64_t n_blocks) {
-    if (row_ptr[0] != 0) fail("row_ptr starts at " + std::to_string(row_ptr[0]) + ", not 0");
-    for (int64_t i = 1; i <= rows; ++i) {
-        if (row_ptr[i] < row_ptr[i - 1]) fail("row_ptr decreases at position " + std::to_string(i));
-    }
-    if (row_ptr[rows] != n_blocks) {
-        fail("row_ptr ends at " + std::to_string(row_ptr[rows]) + ", not at the number of blocks, " +
-             std::to_string(n_blocks));
-    }
-    check_range(col_idx, "col_idx", n_blocks, cols);
-    check_range(slot, "slot", n_blocks, n_blocks);
-}
-
 // ---- the two operations -----------------------------------------------------------------------
-
-// The weight in the order of columns: ptr [cols + 1], row_idx and packed. A counting sort in n parts, each a range of
-// positions; in every column a part's blocks follow those of the parts before it, so rows ascend, whatever n is.
-// `ptr` has room for `width` indices, and behind them for as many again for every part.
-void pack_by_columns(const KernelTable& table, const WeightArgs& w, int64_t cols, int64_t n_blocks, int n, int32_t* ptr,
-                     size_t width, int32_t* row_idx, float* packed) {
-    parallel(n, [&](int i) {
-        int32_t* counts = ptr + (i + 1) * width;
-        std::memset(counts, 0, cols * sizeof(int32_t));
-        const int64_t end = cut(n_blocks, i + 1, n);
-        for (int64_t p = cut(n_blocks, i, n); p < end; ++p) ++counts[w.col_idx[p]];
-    });
-    std::memset(ptr, 0, (cols + 1) * sizeof(int32_t));
-    int32_t* totals = ptr + 1;
-    for (int i = 0; i < n; ++i) {
-        int32_t* counts = ptr + (i + 1) * width;  // from now on: of the parts before
-        for (int64_t c = 0; c < cols; ++c) {
-            const int32_t count = counts[c];
-            counts[c] = totals[c];
-            totals[c] += count;
-        }
-    }
-    for (int64_t c = 0; c < cols; ++c) ptr[c + 1] += ptr[c];
-    parallel(n, [&](int i) {
-        int32_t* next = ptr + (i + 1) * width;
-        for (int64_t c = 0; c < cols; ++c) next[c] += ptr[c];
-        table.pack_columns(w, cut(n_blocks, i, n), cut(n_blocks, i + 1, n), next, row_idx, packed);
-    });
-}
 
 void spmm(Address x, Address scale, Address values, Address bias, Address y, Address slope, Address row_ptr,
           Address col_idx, Address slot, int64_t n_tokens, int64_t in_blocks, int64_t out_blocks, int64_t n_blocks,
@@ -150,11 +96,7 @@ void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, 
     // Sums of a part: dvalues in CSR order, then g_sum. Parts of one range lie side by side.
     const size_t sum_at = padded(most_blocks * b * b + 64), size = sum_at + padded(g_sum ? most_rows * b : 0);
     float* scratch = t_scratch.reserve(std::max<size_t>(n * (size + each), padded(n_blocks)));
-    // A slot named twice leaves another one unwritten.
-    unsigned char* seen = reinterpret_cast<unsigned char*>(scratch);
-    std::memset(seen, 0, n_blocks);
-    for (int64_t p = 0; p < n_blocks; ++p) seen[slots[p]] = 1;
-    if (std::memchr(seen, 0, n_blocks)) fail("slot is not a permutation: some slots are named twice");
+    check_permutation(slots, n_blocks, scratch);
 
     nb::gil_scoped_release release;
     parallel(n, [&](int i) {
@@ -198,6 +140,7 @@ void adamw_step(Address values, Address grad, Address mean, Address square, Addr
 
 void bind_loss(nb::module_& m);
 void bind_norm(nb::module_& m);
+void bind_ffn(nb::module_& m);  // native_ffn.cpp
 
 NB_MODULE(_native, m) {
     g_table = available_tables().back();
@@ -222,4 +165,5 @@ NB_MODULE(_native, m) {
           "elements"_a, "beta1"_a, "beta2"_a, "keep"_a, "eps"_a, "threads"_a);
     bind_loss(m);
     bind_norm(m);
+    bind_ffn(m);
 }

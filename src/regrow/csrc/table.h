@@ -39,6 +39,41 @@ struct SddmmArgs {          // a range of R block rows of a weight
     int block;
 };
 
+struct PackedWeight {       // rows of blocks: of W, packed by pack_rows, or of its transpose, by pack_columns
+    const float* packed;    // or null, where only the places of the blocks matter
+    const int32_t* ptr;     // [rows + 1]
+    const int32_t* idx;     // [n_blocks], ascending in a row
+};
+
+// A tile of tokens goes through both weights slab by slab, a slab being so many of the hidden blocks.
+struct FfnPlan {
+    int64_t tile, slab;     // tokens; hidden blocks
+    size_t scratch;         // floats of 64-byte aligned scratch that one thread needs
+};
+
+struct FfnArgs {            // y = gelu(x W1^T + bias1) W2^T + bias2
+    int64_t in_blocks, hidden_blocks, out_blocks;
+    int block;
+    FfnPlan plan;
+    const float* x;         // [n_tokens, in]
+    PackedWeight first;     // W1
+    const float* bias1;     // [hidden] or null
+    PackedWeight second;    // W2
+    const int32_t* second_cuts;  // [slabs + 1, out_blocks]: where the blocks of a row of W2 enter each slab
+    // Forward only.
+    const float* bias2;     // [out] or null
+    float* y;               // [n_tokens, out]
+    // Backward only. What is null is not wanted.
+    const float* g;         // [n_tokens, out]
+    PackedWeight first_t, second_t;  // by columns: dx = dh W1, df = g W2
+    const int32_t* first_t_cuts;     // [slabs + 1, in_blocks]
+    float* dx;              // [n_tokens, in]
+};
+
+struct FfnSums {            // of one thread, zero at first, blocks in CSR order with room for 64 floats after the end
+    float *dvalues1, *dbias1, *dvalues2, *dbias2;  // what is null is not wanted
+};
+
 struct AdamwArgs {
     float *values, *mean, *square;  // [n_blocks, elements]
     const float* grad;              // [n_blocks, elements]
@@ -101,6 +136,10 @@ struct KernelTable {
     // dvalues[slot[p]] = sum over the accumulators in order, p < n_blocks.
     void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
                    float* dvalues);
+    FfnPlan (*ffn_plan)(int block, int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, bool backward);
+    // Tokens [t0, t1).
+    void (*ffn)(const FfnArgs&, int64_t t0, int64_t t1, float* scratch);
+    void (*ffn_backward)(const FfnArgs&, int64_t t0, int64_t t1, float* scratch, const FfnSums&);
     // Blocks [b0, b1).
     void (*adamw)(const AdamwArgs&, int64_t b0, int64_t b1);
     // Rows [r0, r1); the gradient's sum is added to `sum` [classes].

@@ -1,0 +1,189 @@
+// The feed-forward half of a transformer layer: both products and the GELU between them, tile by tile (ffn.h).
+#include "runtime.h"
+#include "weights.h"
+
+namespace {
+
+// Scratch is handed out from front to back; without memory it only counts.
+class Layout {
+  public:
+    explicit Layout(float* memory) : memory_(memory) {}
+    template <class T = float>
+    T* take(size_t numbers) {
+        static_assert(sizeof(T) == sizeof(float));
+        T* place = memory_ ? reinterpret_cast<T*>(memory_ + size_) : nullptr;
+        size_ += padded(numbers);
+        return place;
+    }
+    size_t size() const { return size_; }
+
+  private:
+    float* memory_;
+    size_t size_ = 0;
+};
+
+struct Weight {
+    WeightArgs args;
+    int64_t cols, n_blocks;
+
+    Weight(Address values, Address row_ptr, Address col_idx, Address slot, int64_t rows, int64_t cols, int64_t n_blocks,
+           int b)
+        : args{at<const float>(values), at<const int32_t>(row_ptr), at<const int32_t>(col_idx), at<const int32_t>(slot),
+               rows, b},
+          cols(cols),
+          n_blocks(n_blocks) {
+        check_indices(args.row_ptr, args.col_idx, args.slot, rows, cols, n_blocks);
+    }
+    size_t numbers() const { return n_blocks * args.block * args.block; }
+    PackedWeight places() const { return {nullptr, args.row_ptr, args.col_idx}; }
+
+    PackedWeight by_rows(Layout& layout, int n) const {
+        float* packed = layout.take(numbers());
+        if (packed) {
+            parallel(n, [&](int i) {
+                g_table->pack_rows(args, cut(n_blocks, i, n), cut(n_blocks, i + 1, n), packed);
+            });
+        }
+        return {packed, args.row_ptr, args.col_idx};
+    }
+    PackedWeight by_columns(Layout& layout, int n) const {
+        const size_t width = padded(cols + 1);
+        float* packed = layout.take(numbers());
+        int32_t *row_idx = layout.take<int32_t>(n_blocks), *ptr = layout.take<int32_t>((n + 1) * width);
+        if (packed) pack_by_columns(*g_table, args, cols, n_blocks, n, ptr, width, row_idx, packed);
+        return {packed, ptr, row_idx};
+    }
+};
+
+// Slabs follow one another in a row only if the columns ascend.
+void check_order(const WeightArgs& w) {
+    for (int64_t r = 0; r < w.rows; ++r) {
+        for (int64_t p = w.row_ptr[r] + 1; p < w.row_ptr[r + 1]; ++p) {
+            if (w.col_idx[p] < w.col_idx[p - 1]) {
+                fail("col_idx decreases within row " + std::to_string(r) + " of the second weight");
+            }
+        }
+    }
+}
+
+// cuts[s][r]: the first position of row r that is in slab s or beyond.
+const int32_t* cut_slabs(Layout& layout, const PackedWeight& w, int64_t rows, int64_t slab, int64_t hidden_blocks) {
+    const int64_t slabs = (hidden_blocks + slab - 1) / slab;
+    int32_t* cuts = layout.take<int32_t>((slabs + 1) * rows);
+    if (!cuts) return nullptr;
+    for (int64_t r = 0; r < rows; ++r) cuts[r] = w.ptr[r];
+    for (int64_t s = 1; s <= slabs; ++s) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const int32_t *from = w.idx + cuts[(s - 1) * rows + r], *to = w.idx + w.ptr[r + 1];
+            cuts[s * rows + r] = int32_t(std::lower_bound(from, to, s * slab) - w.idx);
+        }
+    }
+    return cuts;
+}
+
+void ffn(Address x, Address values1, Address bias1, Address row_ptr1, Address col_idx1, Address slot1, Address values2,
+         Address bias2, Address row_ptr2, Address col_idx2, Address slot2, Address y, int64_t n_tokens,
+         int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, int64_t n_blocks1, int64_t n_blocks2, int b,
+         int threads) {
+    const Weight first(values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
+    const Weight second(values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
+    check_order(second.args);
+    if (n_tokens == 0 || out_blocks == 0) return;
+
+    nb::gil_scoped_release release;
+    const int n = int(std::clamp<int64_t>(threads, 1, n_tokens));
+    FfnArgs a{};
+    a.in_blocks = in_blocks, a.hidden_blocks = hidden_blocks, a.out_blocks = out_blocks, a.block = b;
+    a.plan = g_table->ffn_plan(b, in_blocks, hidden_blocks, out_blocks, false);
+    a.x = at<const float>(x), a.y = at<float>(y);
+    a.bias1 = at<const float>(bias1), a.bias2 = at<const float>(bias2);
+    float* own = nullptr;
+    const size_t each = padded(a.plan.scratch);
+    const auto prepare = [&](float* memory) {
+        Layout layout(memory);
+        a.first = first.by_rows(layout, n);
+        a.second = second.by_rows(layout, n);
+        a.second_cuts = cut_slabs(layout, second.places(), out_blocks, a.plan.slab, hidden_blocks);
+        own = layout.take(n * each);
+        return layout.size();
+    };
+    prepare(t_scratch.reserve(prepare(nullptr)));
+    parallel(n, [&](int i) { g_table->ffn(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), own + i * each); });
+}
+
+void ffn_backward(Address g, Address x, Address values1, Address bias1, Address row_ptr1, Address col_idx1,
+                  Address slot1, Address values2, Address row_ptr2, Address col_idx2, Address slot2, Address dx,
+                  Address dvalues1, Address dbias1, Address dvalues2, Address dbias2, int64_t n_tokens,
+                  int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, int64_t n_blocks1, int64_t n_blocks2,
+                  int b, int threads) {
+    const Weight first(values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
+    const Weight second(values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
+    check_order(second.args);
+    void* seen = t_scratch.reserve(padded(std::max(n_blocks1, n_blocks2)));
+    check_permutation(first.args.slot, n_blocks1, seen);
+    check_permutation(second.args.slot, n_blocks2, seen);
+
+    nb::gil_scoped_release release;
+    const int n = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n_tokens, 1)));
+    FfnArgs a{};
+    a.in_blocks = in_blocks, a.hidden_blocks = hidden_blocks, a.out_blocks = out_blocks, a.block = b;
+    a.plan = g_table->ffn_plan(b, in_blocks, hidden_blocks, out_blocks, true);
+    a.x = at<const float>(x), a.g = at<const float>(g), a.bias1 = at<const float>(bias1), a.dx = at<float>(dx);
+    float *own = nullptr, *totals = nullptr;
+    const size_t each = padded(a.plan.scratch);
+    // Sums of a thread: dvalues1, dbias1, dvalues2, dbias2.
+    const size_t bias1_at = padded(first.numbers() + 64), values2_at = bias1_at + padded(hidden_blocks * b);
+    const size_t bias2_at = values2_at + padded(second.numbers() + 64), sums = bias2_at + padded(out_blocks * b);
+    const auto prepare = [&](float* memory) {
+        Layout layout(memory);
+        a.first = first.by_rows(layout, n);
+        a.second = second.places();
+        a.second_cuts = cut_slabs(layout, a.second, out_blocks, a.plan.slab, hidden_blocks);
+        a.second_t = second.by_columns(layout, n);
+        if (dx) {
+            a.first_t = first.by_columns(layout, n);
+            a.first_t_cuts = cut_slabs(layout, a.first_t, in_blocks, a.plan.slab, hidden_blocks);
+        }
+        totals = layout.take(n * sums);
+        own = layout.take(n * each);
+        return layout.size();
+    };
+    prepare(t_scratch.reserve(prepare(nullptr)));
+    parallel(n, [&](int i) {
+        float* mine = totals + i * sums;
+        std::memset(mine, 0, sums * sizeof(float));
+        const FfnSums part{dvalues1 ? mine : nullptr, dbias1 ? mine + bias1_at : nullptr,
+                           dvalues2 ? mine + values2_at : nullptr, dbias2 ? mine + bias2_at : nullptr};
+        g_table->ffn_backward(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), own + i * each, part);
+    });
+    const auto reduce = [&](int block, const float* from, const int32_t* slot, int64_t numbers, Address to, int i) {
+        const int64_t begin = cut(numbers, i, n), count = cut(numbers, i + 1, n) - begin;
+        if (to) g_table->reduce(block, from + begin * block * block, sums, n, slot + begin, count, at<float>(to));
+    };
+    const auto add_up = [&](const float* from, int64_t numbers, Address to, int i) {
+        if (!to) return;
+        for (int64_t f = cut(numbers, i, n); f < cut(numbers, i + 1, n); ++f) {
+            float sum = from[f];
+            for (int other = 1; other < n; ++other) sum += from[other * sums + f];
+            at<float>(to)[f] = sum;
+        }
+    };
+    parallel(n, [&](int i) {
+        reduce(b, totals, first.args.slot, n_blocks1, dvalues1, i);
+        reduce(b, totals + values2_at, second.args.slot, n_blocks2, dvalues2, i);
+        add_up(totals + bias1_at, hidden_blocks * b, dbias1, i);
+        add_up(totals + bias2_at, out_blocks * b, dbias2, i);
+    });
+}
+
+}  // namespace
+
+void bind_ffn(nb::module_& m) {
+    m.def("ffn", &ffn, "x"_a, "values1"_a, "bias1"_a, "row_ptr1"_a, "col_idx1"_a, "slot1"_a, "values2"_a, "bias2"_a,
+          "row_ptr2"_a, "col_idx2"_a, "slot2"_a, "y"_a, "n_tokens"_a, "in_blocks"_a, "hidden_blocks"_a, "out_blocks"_a,
+          "n_blocks1"_a, "n_blocks2"_a, "block"_a, "threads"_a);
+    m.def("ffn_backward", &ffn_backward, "g"_a, "x"_a, "values1"_a, "bias1"_a, "row_ptr1"_a, "col_idx1"_a, "slot1"_a,
+          "values2"_a, "row_ptr2"_a, "col_idx2"_a, "slot2"_a, "dx"_a, "dvalues1"_a, "dbias1"_a, "dvalues2"_a,
+          "dbias2"_a, "n_tokens"_a, "in_blocks"_a, "hidden_blocks"_a, "out_blocks"_a, "n_blocks1"_a, "n_blocks2"_a,
+          "block"_a, "threads"_a);
+}
