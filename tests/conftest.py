@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from regrow.kernels import cpu
+
 # A busy machine is not a defect: examples are not timed.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -21,3 +23,23 @@ def poison_uninitialised_memory() -> Iterator[None]:
     yield
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has."""
+    native = cpu.native()
+    if request.param not in native.available_isas():
+        pytest.skip(f"this machine has no {request.param}")
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from regrow.errors import RegrowError
@@ -74,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if with_x else None
         dweight: Tensor | None = None
         dbias = weight.new_zeros(weight.shape[0]) if gradient else None
-        total = x.new_zeros((), dtype=torch.float32)
+        total = x.new_zeros((), dtype=_at_least_float32(x.dtype))
         parts = max(1, -(-n // rows))
         for part in range(parts):  # of about equal size
             i = slice(n * part // parts, n * (part + 1) // parts)
@@ -84,18 +85,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=dx[i])
             if with_weight:
                 dweight = logits.t() @ x[i] if dweight is None else dweight.addmm_(logits.t(), x[i])
-        ctx.gradients = dx, dweight, dbias if with_bias else None
+        ctx.save_for_backward(dx, dweight, dbias if with_bias else None)
         return total / max(n, 1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RegrowError("linear_cross_entropy keeps its gradients for one backward pass; compute the loss again")
-        if grads[0].item() != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grads[0])
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        if g.item() != 1:
+            gradients = [None if gradient is None else gradient * g for gradient in gradients]
         return *gradients, None, None
 
 
@@ -104,7 +102,7 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, dbias: Ten
     if cpu.supports_dense(logits):
         losses, columns = cpu.cross_entropy_(logits, targets, scale)
     else:
-        top = logits.float().log_softmax(1)
+        top = logits.to(_at_least_float32(logits.dtype)).log_softmax(1)
         losses = F.nll_loss(top, targets, reduction="none")
         if scale:
             gradient = top.exp_()
@@ -114,3 +112,7 @@ def _softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, dbias: Ten
     if scale and dbias is not None:
         dbias += columns
     return losses.sum()
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
