@@ -1,6 +1,7 @@
 // Every kernel, and the table of them. Included once per instruction set, by isa_*.cpp, which says which one it is.
 #pragma once
 #include "adamw.h"
+#include "attention.h"
 #include "kernels.h"
 #include "table.h"
 
@@ -17,5 +18,8 @@
         .sddmm = sddmm_any,                \
         .reduce = reduce_any,              \
         .adamw = adamw,                    \
+        .attention_scratch = attention_scratch,   \
+        .attention = attention,            \
+        .attention_backward = attention_backward, \
     }
 // clang-format on

@@ -4,6 +4,8 @@
 // their sizes (cpu.py, after the checks of ops.py); what they hold is checked here.
 #include "runtime.h"
 
+void bind_attention(nb::module_& m);
+
 namespace {
 
 // ---- the instruction set ----------------------------------------------------------------------
@@ -217,4 +219,5 @@ NB_MODULE(_native, m) {
           "n_tokens"_a, "rows"_a, "cols"_a, "n_blocks"_a, "block"_a, "threads"_a);
     m.def("adamw", &adamw_step, "values"_a, "grad"_a, "mean"_a, "square"_a, "size"_a, "root"_a, "n_blocks"_a,
           "elements"_a, "beta1"_a, "beta2"_a, "keep"_a, "eps"_a, "threads"_a);
+    bind_attention(m);
 }

@@ -47,6 +47,20 @@ struct AdamwArgs {
     float beta1, beta2, keep, eps;  // keep = 1 - lr * weight_decay
 };
 
+struct AttentionArgs {       // tokens [offsets[s], offsets[s + 1]) are sequence s
+    const float* qkv;        // [n_tokens, 3 * heads * dim]: a token's queries, keys and values, each by heads
+    const int32_t* offsets;  // [sequences + 1]
+    int64_t n_tokens, heads, dim;
+    int64_t longest;         // the length of the longest sequence
+    float scale;             // of the scores
+    float* out;              // [n_tokens, heads * dim]; the gradient reads it
+    float* lse;              // [heads, n_tokens] log-sum-exp of a query's scores; the gradient reads it
+    const float* g;          // of the gradient: that of out
+    float* dqkv;             // of the gradient: that of qkv
+    uint64_t seed;           // of dropout: the mask's rows are those of lse, its columns keys
+    uint32_t threshold;      // out of 65536, how many probabilities are dropped
+};
+
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
@@ -66,6 +80,10 @@ struct KernelTable {
                    float* dvalues);
     // Blocks [b0, b1).
     void (*adamw)(const AdamwArgs&, int64_t b0, int64_t b1);
+    size_t (*attention_scratch)(int64_t longest, int64_t dim, bool backward);
+    // Pairs [i0, i1) of a sequence and a head, the heads of a sequence one after the other.
+    void (*attention)(const AttentionArgs&, int64_t i0, int64_t i1, float* scratch);
+    void (*attention_backward)(const AttentionArgs&, int64_t i0, int64_t i1, float* scratch);
 };
 
 extern const KernelTable kGenericTable;

@@ -12,8 +12,11 @@ A weight ``W`` of shape ``[out, in] = [R * b, C * b]`` is kept as its non-zero b
 
 :func:`spmm` is ``y = x W^T + bias``, :func:`spmm_t` is ``dx = g W`` and :func:`sddmm` is ``g^T x`` at the
 blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. Nothing of the size of ``W`` is ever allocated.
+
+:func:`attention` is what a transformer has between its products: softmax attention over packed sequences.
 """
 
+from regrow.kernels.attention import attention
 from regrow.kernels.ops import sddmm, spmm, spmm_gelu, spmm_t
 
-__all__ = ["sddmm", "spmm", "spmm_gelu", "spmm_t"]
+__all__ = ["attention", "sddmm", "spmm", "spmm_gelu", "spmm_t"]
