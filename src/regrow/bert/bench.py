@@ -34,6 +34,9 @@ from regrow.topology.distribution import check_density
 
 DENSE, FUSED, SPARSE = "dense", "dense_fused", "sparse"
 
+_WARM_UP = 6
+"""Until then the heap still grows, above all the dense steps: fresh pages would be measured."""
+
 _CLIP, _OPTIMIZER = "clip", "Optimizer.step"
 _PARTS = (  # the first that one of an operation's name's beginnings belongs to
     ("attention", ("scaled_dot_product", "_scaled_dot_product", "_softmax", "bmm", "attention")),
@@ -100,7 +103,7 @@ def bench_step(config: StepConfig, *, progress: bool = False) -> dict[str, Any]:
     config.check()
     steps = {name: _Step(config, name) for name in (DENSE, FUSED, SPARSE)}
     watch = (lambda rounds: tqdm(rounds, "measuring", unit="round", leave=False)) if progress else iter
-    seconds = interleaved_medians(steps, rounds=config.rounds, progress=watch)
+    seconds = interleaved_medians(steps, rounds=config.rounds, warm_up=_WARM_UP, progress=watch)
     profiles = {name: _profile(step, config) for name, step in steps.items()}
     return {
         "dense_seconds": seconds[DENSE],

@@ -2,6 +2,7 @@
 #pragma once
 #include "adamw.h"
 #include "ffn.h"
+#include "attention.h"
 #include "kernels.h"
 #include "loss.h"
 #include "norm.h"
@@ -27,5 +28,8 @@
         .dropout = dropout_any,            \
         .norm = norm_any,                  \
         .norm_backward = norm_backward_any,\
+        .attention_scratch = attention_scratch,   \
+        .attention = attention,            \
+        .attention_backward = attention_backward, \
     }
 // clang-format on

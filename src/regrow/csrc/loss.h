@@ -24,6 +24,11 @@ INLINE void store_first(float* p, V v, int64_t n) {
     memcpy(p, line, n * sizeof(float));
 }
 
+INLINE void add_first(float* p, V v, int64_t n) {
+    if (n == W) return store_any(p, load_any(p) + v);
+    for (int64_t lane = 0; lane < n; ++lane) p[lane] += v[lane];
+}
+
 // Rows [first, last). With a scale, the gradient takes the place of the logits, and its sum over rows is added to
 // `sum` [classes].
 void cross_entropy(const LossArgs& a, int64_t first, int64_t last, float* sum) {
@@ -31,6 +36,9 @@ void cross_entropy(const LossArgs& a, int64_t first, int64_t last, float* sum) {
     const int64_t n = a.classes;
     for (int64_t r = first; r < last; ++r) {
         float* x = a.logits + r * n;
+        if (a.bias) {
+            each_vector(a.bias, n, 0, [&](V v, int64_t live, int64_t i) LAMBDA { add_first(x + i, v, live); });
+        }
         V top = splat(-__builtin_inff());
         each_vector(x, n, -__builtin_inff(), [&](V v, int64_t, int64_t) LAMBDA { top = v > top ? v : top; });
         float most = top[0];
@@ -56,12 +64,7 @@ void cross_entropy(const LossArgs& a, int64_t first, int64_t last, float* sum) {
         const float factor = float(a.scale / total);
         each_vector(x, n, 0, [&](V v, int64_t live, int64_t i) LAMBDA { store_first(x + i, v * factor, live); });
         x[a.targets[r]] -= a.scale;
-        each_vector(sum, n, 0, [&](V v, int64_t live, int64_t i) LAMBDA {
-            V g{};
-            if (live == W) g = load_any(x + i);
-            else for (int64_t lane = 0; lane < live; ++lane) g[lane] = x[i + lane];
-            store_first(sum + i, v + g, live);
-        });
+        each_vector(x, n, 0, [&](V v, int64_t live, int64_t i) LAMBDA { add_first(sum + i, v, live); });
     }
 }
 

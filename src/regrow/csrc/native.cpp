@@ -5,6 +5,8 @@
 #include "runtime.h"
 #include "weights.h"
 
+void bind_attention(nb::module_& m);
+
 namespace {
 
 // ---- the instruction set ----------------------------------------------------------------------
@@ -166,4 +168,5 @@ NB_MODULE(_native, m) {
     bind_loss(m);
     bind_norm(m);
     bind_ffn(m);
+    bind_attention(m);
 }

@@ -3,9 +3,9 @@
 
 namespace {
 
-void cross_entropy(Address logits, Address targets, Address losses, Address sum, int64_t rows, int64_t classes,
+void cross_entropy(Address logits, Address bias, Address targets, Address losses, Address sum, int64_t rows, int64_t classes,
                    float scale, int threads) {
-    const LossArgs a{at<float>(logits), at<const int64_t>(targets), at<float>(losses), classes, scale};
+    const LossArgs a{at<float>(logits), at<const float>(bias), at<const int64_t>(targets), at<float>(losses), classes, scale};
     for (int64_t r = 0; r < rows; ++r) {
         if (a.targets[r] < 0 || a.targets[r] >= classes) {
             fail("targets holds " + std::to_string(a.targets[r]) + ", outside [0, " + std::to_string(classes) + ")");
@@ -31,6 +31,6 @@ void cross_entropy(Address logits, Address targets, Address losses, Address sum,
 }  // namespace
 
 void bind_loss(nb::module_& m) {
-    m.def("cross_entropy", &cross_entropy, "logits"_a, "targets"_a, "losses"_a, "sum"_a, "rows"_a, "classes"_a,
+    m.def("cross_entropy", &cross_entropy, "logits"_a, "bias"_a, "targets"_a, "losses"_a, "sum"_a, "rows"_a, "classes"_a,
           "scale"_a, "threads"_a);
 }

@@ -84,6 +84,7 @@ struct AdamwArgs {
 
 struct LossArgs {
     float* logits;           // [rows, classes]
+    const float* bias;       // [classes] added to them first, or null
     const int64_t* targets;  // [rows]
     float* losses;           // [rows]
     int64_t classes;
@@ -119,6 +120,20 @@ struct NormGradArgs {
     uint32_t threshold;
 };
 
+struct AttentionArgs {       // tokens [offsets[s], offsets[s + 1]) are sequence s
+    const float* qkv;        // [n_tokens, 3 * heads * dim]: a token's queries, keys and values, each by heads
+    const int32_t* offsets;  // [sequences + 1]
+    int64_t n_tokens, heads, dim;
+    int64_t longest;         // the length of the longest sequence
+    float scale;             // of the scores
+    float* out;              // [n_tokens, heads * dim]; the gradient reads it
+    float* lse;              // [heads, n_tokens] log-sum-exp of a query's scores; the gradient reads it
+    const float* g;          // of the gradient: that of out
+    float* dqkv;             // of the gradient: that of qkv
+    uint64_t seed;           // of dropout: the mask's rows are those of lse, its columns keys
+    uint32_t threshold;      // out of 65536, how many probabilities are dropped
+};
+
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
@@ -149,6 +164,10 @@ struct KernelTable {
     void (*norm)(const NormArgs&, int64_t r0, int64_t r1, float* scratch);
     // Adds the rows' gradients of weight and bias to dweight and dbias, also rounded up to 128 floats.
     void (*norm_backward)(const NormGradArgs&, int64_t r0, int64_t r1, float* scratch, float* dweight, float* dbias);
+    size_t (*attention_scratch)(int64_t longest, int64_t dim, bool backward);
+    // Pairs [i0, i1) of a sequence and a head, the heads of a sequence one after the other.
+    void (*attention)(const AttentionArgs&, int64_t i0, int64_t i1, float* scratch);
+    void (*attention_backward)(const AttentionArgs&, int64_t i0, int64_t i1, float* scratch);
 };
 
 extern const KernelTable kGenericTable;

@@ -13,11 +13,14 @@ A weight ``W`` of shape ``[out, in] = [R * b, C * b]`` is kept as its non-zero b
 :func:`spmm` is ``y = x W^T + bias``, :func:`spmm_t` is ``dx = g W`` and :func:`sddmm` is ``g^T x`` at the
 blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. Nothing of the size of ``W`` is ever allocated.
 
-Beside them is what a transformer layer needs between its products: :func:`dropout_add_norm`, which is dropout, residual
-sum and LayerNorm in one pass, and dropout by a seed alone, in :mod:`regrow.kernels.dropout`.
+Beside them is what a transformer layer has between its products: :func:`attention` over packed sequences;
+:func:`dropout_add_norm`, which is dropout, residual sum and LayerNorm in one pass; dropout by a seed alone, in
+:mod:`regrow.kernels.dropout`; and :func:`ffn`, a feed-forward half whose hidden activations never leave the caches.
 """
 
+from regrow.kernels.attention import attention
+from regrow.kernels.ffn import ffn
 from regrow.kernels.norm import dropout_add_norm
 from regrow.kernels.ops import sddmm, spmm, spmm_gelu, spmm_t
 
-__all__ = ["dropout_add_norm", "sddmm", "spmm", "spmm_gelu", "spmm_t"]
+__all__ = ["attention", "dropout_add_norm", "ffn", "sddmm", "spmm", "spmm_gelu", "spmm_t"]

@@ -135,13 +135,13 @@ def supports_dense(x: Tensor) -> bool:
     return x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy ``[rows]`` of ``logits [rows, classes]``, and the column sums of its gradient times ``scale``.
+def cross_entropy_(logits: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy ``[rows]`` of ``logits + bias``, and the column sums of its gradient times ``scale``.
 
     That gradient takes the place of the logits; with scale 0 there is none, and no sums.
     """
     losses, sums = logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[1] if scale else 0)
-    call("cross_entropy", (logits, targets, losses, sums), *logits.shape, scale)
+    call("cross_entropy", (logits, bias, targets, losses, sums), *logits.shape, scale)
     return losses, sums
 
 

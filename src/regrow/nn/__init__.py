@@ -1,6 +1,9 @@
-"""Sparse layers, the conversion of models to and from them, and the layers between them."""
+"""Sparse layers, the conversion of models to and from them, and the operations between them."""
 
+from regrow.nn.attention import attention
 from regrow.nn.linear import BLOCK_SIZES, BlockSparseLinear
+from regrow.nn.loss import linear_cross_entropy
+from regrow.nn.merged import merged_linear
 from regrow.nn.norm import DropoutAddNorm, dropout, dropout_add_norm
 from regrow.nn.sparsify import densify, density_of, named_sparse_layers, sparsify
 
@@ -8,10 +11,13 @@ __all__ = [
     "BLOCK_SIZES",
     "BlockSparseLinear",
     "DropoutAddNorm",
+    "attention",
     "densify",
     "density_of",
     "dropout",
     "dropout_add_norm",
+    "linear_cross_entropy",
+    "merged_linear",
     "named_sparse_layers",
     "sparsify",
 ]

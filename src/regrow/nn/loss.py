@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from regrow.errors import RegrowError
 from regrow.kernels import cpu
 
-_ROWS = 512
+_ROWS = 1024
 """Rows of logits that exist at a time, at most."""
 
 
@@ -79,29 +79,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parts = max(1, -(-n // rows))
         for part in range(parts):  # of about equal size
             i = slice(n * part // parts, n * (part + 1) // parts)
-            logits = x[i] @ weight.t() if bias is None else torch.addmm(bias, x[i], weight.t())
-            total += _softmax_gradient_(logits, targets[i], 1 / max(n, 1) if gradient else 0.0, dbias)
+            logits = x[i] @ weight.t()
+            total += _softmax_gradient_(logits, bias, targets[i], 1 / max(n, 1) if gradient else 0.0, dbias)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[i])
             if with_weight:
                 dweight = logits.t() @ x[i] if dweight is None else dweight.addmm_(logits.t(), x[i])
-        ctx.save_for_backward(dx, dweight, dbias if with_bias else None)
+        # No saved tensors: autograd adds to a gradient in place only where nothing else refers to it.
+        ctx.gradients = dx, dweight, dbias if with_bias else None
         return total / max(n, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RegrowError("linear_cross_entropy keeps its gradients for one backward pass; compute the loss again")
         if g.item() != 1:
             gradients = [None if gradient is None else gradient * g for gradient in gradients]
         return *gradients, None, None
 
 
-def _softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, dbias: Tensor | None) -> Tensor:
-    """Sum of the losses; with a ``scale``, the gradient times it takes the logits' place, its sum is added to dbias."""
+def _softmax_gradient_(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, scale: float, dbias: Tensor | None
+) -> Tensor:
+    """Sum of the losses of ``logits + bias``.
+
+    With a ``scale``, the gradient times it takes the logits' place, and its sum over rows is added to ``dbias``.
+    """
     if cpu.supports_dense(logits):
-        losses, columns = cpu.cross_entropy_(logits, targets, scale)
+        losses, columns = cpu.cross_entropy_(logits, bias, targets, scale)
     else:
+        if bias is not None:
+            logits += bias
         top = logits.to(_at_least_float32(logits.dtype)).log_softmax(1)
         losses = F.nll_loss(top, targets, reduction="none")
         if scale:

@@ -1,0 +1,216 @@
+// Self-attention over packed sequences, a head of a sequence at a time. Included once per instruction set.
+//
+// Queries come in blocks of a few rows whose scores against all keys of the sequence are kept, in the L2 cache up to
+// some thousand keys; nothing else of the size of the scores exists. A head's rows lie a whole row of qkv apart, each
+// on another page, so they are copied first, keys and values transposed where a product needs that.
+#pragma once
+#include "gemm.h"
+#include "kernels.h"
+#include "softmax.h"
+#include "table.h"
+
+namespace {
+
+constexpr int64_t kQueries = 64;  // rows of a block of scores
+
+// Sizes that follow from the longest sequence and the head's width, and the pieces of a thread's scratch memory.
+struct AttentionShape {
+    int64_t dim, width;  // of a head; in whole vectors
+    int64_t keys;        // in whole panels
+    int64_t score_row;   // one line more: no power-of-two strides
+    AttentionShape(int64_t longest, int64_t d)
+        : dim(d), width(round_up(d, W)), keys(round_up(longest, kGemmColumns)), score_row(keys + 16) {}
+    int64_t scores() const { return kQueries * score_row; }
+    int64_t queries() const { return round_up(kQueries * width, 16); }
+    int64_t rows() const { return round_up(keys * width, 16); }
+    int64_t panels() const { return round_up(keys * dim, 16); }
+};
+size_t attention_scratch(int64_t longest, int64_t dim, bool backward) {
+    const AttentionShape a(longest, dim);
+    return backward ? 2 * a.panels() + 3 * a.rows() + 3 * a.queries() + 2 * a.scores()
+                    : a.panels() + a.rows() + 2 * a.queries() + a.scores();
+}
+struct Pieces {
+    float* next;
+    float* take(int64_t floats) {
+        float* piece = next;
+        next += floats;
+        return piece;
+    }
+};
+
+// Rows -> rows of whole vectors, filled up with zeros.
+void copy_rows(const AttentionShape& a, const float* from, int64_t stride, int64_t rows, float* to) {
+    for (int64_t i = 0; i < rows; ++i, from += stride, to += a.width) {
+        for (int64_t j = 0; j < a.dim; j += W) {
+            store(to + j, a.dim - j >= W ? load_any(from + j) : load_part(from + j, a.dim - j));
+        }
+    }
+}
+
+// Rows -> a matrix of them as columns, in panels, times a factor; the last panel is filled up with zeros.
+void copy_transposed(const AttentionShape& a, const float* from, int64_t stride, int64_t rows, float factor, float* to) {
+    for (int64_t r = 0; r < rows; r += W) {
+        float* place = to + r / kGemmColumns * (kGemmColumns * a.dim) + r % kGemmColumns;
+        for (int64_t j = 0; j < a.dim; j += W) {
+            const int64_t n = min64(W, a.dim - j);
+            V v[W];
+            unroll<W>([&](auto i) LAMBDA {
+                const float* p = from + (r + i) * stride + j;
+                v[i] = r + i >= rows ? V{} : n == W ? load_any(p) : load_part(p, n);
+            });
+            transpose<W>(v);
+            for (int64_t i = 0; i < n; ++i) store(place + (j + i) * kGemmColumns, v[i] * factor);
+        }
+    }
+}
+INLINE Panels transposed(const AttentionShape& a, const float* data) {
+    return {data, kGemmColumns * a.dim, kGemmColumns};
+}
+
+// Rows of whole vectors, times a factor -> rows `stride` apart, around the caches where they are aligned.
+INLINE void write_rows(const AttentionShape& a, const float* from, int64_t rows, float factor, float* to,
+                       int64_t stride) {
+    const bool streaming = a.dim % 16 == 0 && stride % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    for (int64_t i = 0; i < rows; ++i, from += a.width, to += stride) {
+        for (int64_t j = 0; j < a.dim; j += W) {
+            const V v = load(from + j) * factor;
+            if (streaming) {
+                stream(to + j, v);
+            } else {
+                store_part(to + j, v, a.dim - j);
+            }
+        }
+    }
+}
+
+INLINE float dot(const float* x, const float* y, int64_t n) {
+    V sum{};
+    for (int64_t j = 0; j < n; j += W) {
+        sum += n - j >= W ? load_any(x + j) * load_any(y + j) : load_part(x + j, n - j) * load_part(y + j, n - j);
+    }
+    return fold(sum, plus)[0];
+}
+
+// One head of one sequence: where its numbers are.
+struct AttentionPair {
+    int64_t first, length;  // its tokens
+    int64_t hidden, row;    // floats between tokens: of out, of qkv
+    int64_t in, out;        // its first token's queries in qkv, and its place in out
+    uint64_t mask_row;      // of its first token
+    int64_t lse;
+
+    AttentionPair(const AttentionArgs& a, int64_t i) {
+        const int64_t sequence = i / a.heads, head = i % a.heads;
+        first = a.offsets[sequence];
+        length = a.offsets[sequence + 1] - first;
+        hidden = a.heads * a.dim;
+        row = 3 * hidden;
+        in = first * row + head * a.dim;
+        out = first * hidden + head * a.dim;
+        lse = head * a.n_tokens + first;
+        mask_row = uint64_t(lse);
+    }
+    // Its token t will be read soon: no hardware prefetcher follows from page to page.
+    template <bool Backward>
+    INLINE void prefetch(const AttentionArgs& a, int64_t t) const {
+        if (t >= length) return;
+        for (int64_t j = 0; j < a.dim; j += 16) {
+            const float* q = a.qkv + in + t * row + j;
+            for (int part = 0; part < 3; ++part) __builtin_prefetch(q + part * hidden, 0, 2);
+            if (!Backward) continue;
+            __builtin_prefetch(a.g + out + t * hidden + j, 0, 2);
+            __builtin_prefetch(a.out + out + t * hidden + j, 0, 2);
+        }
+    }
+};
+
+template <bool Drop>
+void attention_forward(const AttentionArgs& a, int64_t i0, int64_t i1, float* scratch) {
+    const AttentionShape shape(a.longest, a.dim);
+    const Dropout d = make_dropout(a.seed, a.threshold);
+    Pieces pieces{scratch};
+    float *keys = pieces.take(shape.panels()), *values = pieces.take(shape.rows());
+    float *q = pieces.take(shape.queries()), *o = pieces.take(shape.queries()), *s = pieces.take(shape.scores());
+    const int64_t width = shape.width, score_row = shape.score_row;
+    for (int64_t i = i0; i < i1; ++i) {
+        const AttentionPair pair(a, i), next(a, min64(i + 1, i1 - 1));
+        const int64_t n = pair.length, hidden = pair.hidden;
+        const float* in = a.qkv + pair.in;
+        copy_transposed(shape, in + hidden, pair.row, n, a.scale, keys);
+        copy_rows(shape, in + 2 * hidden, pair.row, n, values);
+        for (int64_t r0 = 0; r0 < n; r0 += kQueries) {
+            const int64_t rows = min64(kQueries, n - r0);
+            copy_rows(shape, in + r0 * pair.row, pair.row, rows, q);
+            gemm({q, width, 1}, transposed(shape, keys), rows, round_up(n, W), a.dim, false, s, score_row);
+            float top[kQueries], sum[kQueries];
+            constexpr int kTogether = Drop ? 1 : 4;
+            const auto softmax = [&](auto together, int64_t r) LAMBDA {
+                constexpr int R = together;
+                unroll<R>([&](auto t) LAMBDA { next.prefetch<false>(a, r0 + r + t); });
+                const uint64_t row = pair.mask_row + r0 + r;
+                exponentials<Drop, R>(d, row, s + r * score_row, score_row, n, top + r, sum + r);
+            };
+            int64_t r = 0;
+            for (; r + kTogether <= rows; r += kTogether) softmax(Int<kTogether>{}, r);
+            for (; r < rows; ++r) softmax(Int<1>{}, r);
+            gemm({s, score_row, 1}, by_rows(values, width), rows, width, n, false, o, width);
+            float *to = a.out + pair.out + r0 * hidden, *lse = a.lse + pair.lse + r0;
+            for (r = 0; r < rows; ++r) {
+                lse[r] = top[r] + __builtin_logf(sum[r]);
+                write_rows(shape, o + r * width, 1, 1 / sum[r], to + r * hidden, hidden);
+            }
+        }
+    }
+    finish_streams();
+}
+
+template <bool Drop>
+void attention_gradient(const AttentionArgs& a, int64_t i0, int64_t i1, float* scratch) {
+    const AttentionShape shape(a.longest, a.dim);
+    const Dropout d = make_dropout(a.seed, a.threshold);
+    Pieces pieces{scratch};
+    float *keys_t = pieces.take(shape.panels()), *values_t = pieces.take(shape.panels());
+    float *keys = pieces.take(shape.rows()), *dk = pieces.take(shape.rows()), *dv = pieces.take(shape.rows());
+    float *q = pieces.take(shape.queries()), *g = pieces.take(shape.queries()), *dq = pieces.take(shape.queries());
+    float *s = pieces.take(shape.scores()), *dp = pieces.take(shape.scores());
+    const int64_t width = shape.width, score_row = shape.score_row;
+    for (int64_t i = i0; i < i1; ++i) {
+        const AttentionPair pair(a, i), next(a, min64(i + 1, i1 - 1));
+        const int64_t n = pair.length, hidden = pair.hidden;
+        const float* in = a.qkv + pair.in;
+        float* to = a.dqkv + pair.in;
+        copy_transposed(shape, in + hidden, pair.row, n, a.scale, keys_t);
+        copy_transposed(shape, in + 2 * hidden, pair.row, n, 1, values_t);
+        copy_rows(shape, in + hidden, pair.row, n, keys);
+        for (int64_t r0 = 0; r0 < n; r0 += kQueries) {
+            const int64_t rows = min64(kQueries, n - r0), out = pair.out + r0 * hidden;
+            copy_rows(shape, in + r0 * pair.row, pair.row, rows, q);
+            copy_rows(shape, a.g + out, hidden, rows, g);
+            gemm({q, width, 1}, transposed(shape, keys_t), rows, round_up(n, W), a.dim, false, s, score_row);
+            gemm({g, width, 1}, transposed(shape, values_t), rows, round_up(n, W), a.dim, false, dp, score_row);
+            for (int64_t r = 0; r < rows; ++r) {
+                next.prefetch<true>(a, r0 + r);
+                const float mean = dot(a.g + out + r * hidden, a.out + out + r * hidden, a.dim);
+                softmax_gradient<Drop>(d, pair.mask_row + r0 + r, s + r * score_row, dp + r * score_row, n,
+                                       a.lse[pair.lse + r0 + r], mean);
+            }
+            gemm({s, 1, score_row}, by_rows(g, width), n, width, rows, r0 > 0, dv, width);
+            gemm({dp, 1, score_row}, by_rows(q, width), n, width, rows, r0 > 0, dk, width);
+            gemm({dp, score_row, 1}, by_rows(keys, width), rows, width, n, false, dq, width);
+            write_rows(shape, dq, rows, a.scale, to + r0 * pair.row, pair.row);
+        }
+        write_rows(shape, dk, n, a.scale, to + hidden, pair.row);
+        write_rows(shape, dv, n, 1, to + 2 * hidden, pair.row);
+    }
+    finish_streams();
+}
+
+void attention(const AttentionArgs& a, int64_t i0, int64_t i1, float* scratch) {
+    (a.threshold ? attention_forward<true> : attention_forward<false>)(a, i0, i1, scratch);
+}
+void attention_backward(const AttentionArgs& a, int64_t i0, int64_t i1, float* scratch) {
+    (a.threshold ? attention_gradient<true> : attention_gradient<false>)(a, i0, i1, scratch);
+}
+
+}  // namespace
