@@ -38,8 +38,8 @@ INLINE void put(float* p, V v, int64_t live, bool streaming) {
     store_part(p, v, live);
 }
 
-// The row after the one being read. A row is too short for the hardware to run far enough ahead by itself: with its own
-// and streamed stores the kernels below took two thirds of the time, and the layer that reads y took no longer.
+// The row after the one being read: a row is too short for the hardware to run far enough ahead by itself. With this
+// and with stores around the caches the forward pass takes two thirds of the time, and the layer that reads y no longer.
 INLINE void prefetch(const float* p) { __builtin_prefetch(p); }
 
 INLINE float total(const V* sums) {
