@@ -41,7 +41,8 @@ def test_each_element_takes_its_own_16_bits() -> None:
             assert factors[row, col] == (65536 / (65536 - 19661) if bits >= 19661 else 0)
 
 
-SHAPES = [(1, 1), (3, 16), (2, 127), (2, 128), (5, 129), (7, 300), (130, 64), (2, 3, 40), (5,), ()]
+# The last is stored around the caches.
+SHAPES = [(1, 1), (3, 16), (2, 127), (2, 128), (5, 129), (7, 300), (130, 64), (2, 3, 40), (5,), (), (2200, 512)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

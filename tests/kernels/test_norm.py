@@ -61,6 +61,15 @@ def test_many_rows_are_summed_as_exactly_as_dense(offset: float, isa: str, threa
     check([x, residual + offset, weight, bias], 0.1, normal(3000, 40, seed=5) + 1)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_results_that_outgrow_a_cache(p: float, isa: str) -> None:
+    """They are stored around it; one thread has to have enough of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    check(problem(1100, 512), p, normal(1100, 512, seed=5))
+    torch.set_num_threads(before)
+
+
 def test_strided_inputs() -> None:
     x, residual, weight, bias = (torch.stack([t, t], dim=-1)[..., 0] for t in problem(40, 70))
     assert not x.is_contiguous()

@@ -36,13 +36,8 @@ struct Shape {
 
 // The panel of a tile of at most `tokens` tokens: at most half a megabyte, so that it stays in L2.
 constexpr int64_t kPanelFloats = 1 << 17;
-// Whether the outputs of a thread are stored around the caches: they are more than a private cache holds, and every
-// vector of them is aligned.
-constexpr int64_t kStreamFloats = 1 << 19;
 INLINE bool streams(const SpmmArgs& a, int64_t tokens) {
-    const int64_t width = a.out_blocks * a.block;
-    const uintptr_t places = reinterpret_cast<uintptr_t>(a.y) | reinterpret_cast<uintptr_t>(a.slope);
-    return tokens * width > kStreamFloats && width % 16 == 0 && places % 64 == 0;
+    return streams(place(a.y) | place(a.slope), tokens, a.out_blocks * a.block);
 }
 
 template <int B>

@@ -29,14 +29,14 @@ void norm_backward(Address g, Address x, Address residual, Address weight, Addre
                    Address dh, Address dweight, Address dbias, int64_t rows, int64_t width, uint64_t seed,
                    uint32_t threshold, int threads) {
     if (threshold > 65535) fail("threshold is " + std::to_string(threshold) + ", above 65535");
-    const NormGradArgs a{at<const float>(g), at<const float>(x), at<const float>(residual), at<const float>(weight),
-                         at<const float>(mean), at<const float>(rstd), at<float>(dx), at<float>(dh), width, seed,
-                         threshold};
     nb::gil_scoped_release release;
     // Sums over rows: the ranges depend on the number of rows alone, and are added in order, so the result does not
     // depend on the threads.
     const int ranges = int(std::clamp<int64_t>(rows / 32, 1, 32));
     const int n = std::clamp(threads, 1, ranges);
+    const NormGradArgs a{at<const float>(g), at<const float>(x), at<const float>(residual), at<const float>(weight),
+                         at<const float>(mean), at<const float>(rstd), at<float>(dx), at<float>(dh), width, rows / n,
+                         seed, threshold};
     const size_t row = row_floats(width), sum = padded(2 * row), each = padded(2 * row);
     float *sums = t_scratch.reserve(ranges * sum + n * each), *scratch = sums + ranges * sum;
     parallel(n, [&](int i) {

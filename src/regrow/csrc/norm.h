@@ -33,6 +33,15 @@ INLINE void for_row(const Dropout& d, int64_t row, int64_t width, F&& f) {
     }
 }
 
+INLINE void put(float* p, V v, int64_t live, bool streaming) {
+    if (streaming) return stream(p, v);  // then there are only whole vectors
+    store_part(p, v, live);
+}
+
+// The row after the one being read: a row is too short for the hardware to run far enough ahead by itself. With this
+// and with stores around the caches the forward pass takes two thirds of the time, and the layer that reads y no longer.
+INLINE void prefetch(const float* p) { __builtin_prefetch(p); }
+
 INLINE float total(const V* sums) {
     V v{};
     unroll<kSums>([&](auto i) LAMBDA { v += sums[i]; });
@@ -51,13 +60,15 @@ INLINE void with_flags(bool first, bool second, F&& f) {
 
 void dropout_any(const DropArgs& a, int64_t r0, int64_t r1) {
     const Dropout d = make_dropout(a.seed, a.threshold);
+    const bool streaming = streams(place(a.y), r1 - r0, a.width);
     for (int64_t row = r0; row < r1; ++row) {
         const float* x = a.x + row * a.width;
         float* y = a.y + row * a.width;
         for_row<true>(d, row, a.width, [&](int64_t c, int64_t live, V factor, auto) LAMBDA {
-            store_part(y + c, load_part(x + c, live) * factor, live);
+            put(y + c, load_part(x + c, live) * factor, live, streaming);
         });
     }
+    finish_streams();
 }
 
 // The sum that is normalised; numbers past the end are zero.
@@ -73,12 +84,15 @@ template <bool Drop, bool Residual>
 void norm_rows(const NormArgs& a, int64_t r0, int64_t r1, float* h) {
     const Dropout d = make_dropout(a.seed, a.threshold);
     const int64_t width = a.width;
+    const bool streaming = streams(place(a.y), r1 - r0, width);
     for (int64_t row = r0; row < r1; ++row) {
         const float *x = a.x + row * width, *residual = Residual ? a.residual + row * width : nullptr;
         float* y = a.y + row * width;
         V sum[kSums] = {}, square[kSums] = {};
         for_row<Drop>(d, row, width, [&](int64_t c, int64_t live, V factor, auto slot) LAMBDA {
             const V v = sum_of<Drop, Residual>(x + c, residual + c, live, factor);
+            prefetch(x + c + width);
+            if constexpr (Residual) prefetch(residual + c + width);
             store(h + c, v);
             sum[slot] += v;
         });
@@ -93,11 +107,12 @@ void norm_rows(const NormArgs& a, int64_t r0, int64_t r1, float* h) {
         const float rstd = 1.0f / __builtin_sqrtf(total(square) / float(width) + a.eps);
         for_row<false>(d, row, width, [&](int64_t c, int64_t live, V, auto) LAMBDA {
             const V scale = load_part(a.weight + c, live) * rstd;
-            store_part(y + c, (load(h + c) - mean) * scale + load_part(a.bias + c, live), live);
+            put(y + c, (load(h + c) - mean) * scale + load_part(a.bias + c, live), live, streaming);
         });
         a.mean[row] = mean;
         a.rstd[row] = rstd;
     }
+    finish_streams();
 }
 
 void norm_any(const NormArgs& a, int64_t r0, int64_t r1, float* scratch) {
@@ -113,6 +128,8 @@ void norm_backward_rows(const NormGradArgs& a, int64_t r0, int64_t r1, float* no
                         float* dbias) {
     const Dropout d = make_dropout(a.seed, a.threshold);
     const int64_t width = a.width;
+    // Of two gradients, that of the residual waits until the layer before has used that of x.
+    const bool streaming = a.dx && streams(place(a.dh), a.thread_rows, width);
     for (int64_t row = r0; row < r1; ++row) {
         const int64_t at = row * width;
         const float *x = a.x + at, *residual = Residual ? a.residual + at : nullptr, *g = a.g + at;
@@ -120,6 +137,9 @@ void norm_backward_rows(const NormGradArgs& a, int64_t r0, int64_t r1, float* no
         V sum[kSums] = {}, product[kSums] = {};
         for_row<Drop>(d, row, width, [&](int64_t c, int64_t live, V factor, auto slot) LAMBDA {
             const V n = (sum_of<Drop, Residual>(x + c, residual + c, live, factor) - mean) * rstd;
+            prefetch(g + c + width);
+            prefetch(x + c + width);
+            if constexpr (Residual) prefetch(residual + c + width);
             const V gradient = load_part(g + c, live), q = gradient * load_part(a.weight + c, live);
             store(normed + c, n);
             if constexpr (Drop) store(factors + c, factor);
@@ -133,10 +153,11 @@ void norm_backward_rows(const NormGradArgs& a, int64_t r0, int64_t r1, float* no
         for_row<false>(d, row, width, [&](int64_t c, int64_t live, V, auto) LAMBDA {
             const V q = load_part(g + c, live) * load_part(a.weight + c, live);
             const V dh = (q - m1 - load(normed + c) * m2) * rstd;
-            if (a.dh) store_part(a.dh + at + c, dh, live);
+            if (a.dh) put(a.dh + at + c, dh, live, streaming);
             if (a.dx) store_part(a.dx + at + c, Drop ? dh * load(factors + c) : dh, live);
         });
     }
+    finish_streams();
 }
 
 void norm_backward_any(const NormGradArgs& a, int64_t r0, int64_t r1, float* scratch, float* dweight, float* dbias) {

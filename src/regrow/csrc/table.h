@@ -116,6 +116,7 @@ struct NormGradArgs {
     const float *residual, *weight, *mean, *rstd;
     float *dx, *dh;         // [rows, width] or null
     int64_t width;
+    int64_t thread_rows;    // how many a thread works on, in several calls
     uint64_t seed;
     uint32_t threshold;
 };

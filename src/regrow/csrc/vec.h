@@ -64,6 +64,14 @@ INLINE void finish_streams() {
 #endif
 }
 
+// Whether a thread should store its rows so, which begin at `places` (several addresses, or-ed): they are more than a
+// private cache holds, and every vector of them is aligned.
+constexpr int64_t kStreamFloats = 1 << 19;
+INLINE bool streams(uintptr_t places, int64_t rows, int64_t width) {
+    return rows * width > kStreamFloats && width % 16 == 0 && places % 64 == 0;
+}
+INLINE uintptr_t place(const float* p) { return reinterpret_cast<uintptr_t>(p); }
+
 // unroll<N>(f) calls f(Int<0>), ..., f(Int<N-1>): the indices are constants, so arrays of V indexed by
 // them stay in registers (a loop with an unroll pragma does not guarantee that).
 template <int I>

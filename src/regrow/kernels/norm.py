@@ -179,10 +179,13 @@ def _backward_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, _bias, _eps, ctx.p, ctx.seed = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for the statistics
     ctx.save_for_backward(x, residual, *output[1:], weight)
 
 
-def _gradient(ctx: Any, g: Tensor, *_of_statistics: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, g: Tensor | None, *_of_statistics: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 7
     need_x, need_residual = ctx.needs_input_grad[:2]
     drops = dropout_threshold(ctx.p) > 0
     need_sum = need_residual or (need_x and not drops)
