@@ -16,7 +16,9 @@ SIZES = [(7, 5, 3), (1, 1, 1), (33, 16, 17), (20, 64, 1000), (3, 8, 4100)]
 
 def problem(n: int, features: int, classes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     draw = torch.Generator().manual_seed(n * classes)
-    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((n, features), (classes, features), (classes,)))
+    x, weight, bias = (
+        torch.randn(*shape, generator=draw) for shape in ((n, features), (classes, features), (classes,))
+    )
     return [x.to(dtype), weight.to(dtype), bias.to(dtype), torch.randint(classes, (n,), generator=draw)]
 
 

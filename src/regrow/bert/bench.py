@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm.auto import tqdm
 
 from regrow.bench.timing import interleaved_medians
-from regrow.bert.fused import FusedBertModel, Fusions, Tokens
+from regrow.bert.fused import Fusions, Tokens
 from regrow.bert.masking import IGNORE
 from regrow.bert.model import build_model
 from regrow.bert.sizes import bert_config
@@ -197,7 +197,9 @@ def _batch(config: StepConfig) -> dict[str, Tensor]:
     }
 
 
-def _encode(bert: FusedBertModel, x: Tensor) -> Tensor:
+def _encode(bert: Any, x: Tensor) -> Tensor:
+    if not hasattr(bert, "fusions"):
+        return bert.encoder(x).last_hidden_state
     tokens = Tokens.of(x.shape[:2], None, True, x.device)
     x = tokens.pack(x)
     for layer in bert.encoder.layer:

@@ -8,6 +8,7 @@ passes of transformers' ``BertModel`` and ``BertLayer`` by ones made of the fuse
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertModel
+from transformers.models.bert.modeling_bert import BertLayer, BertModel
 
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear
@@ -69,6 +70,9 @@ def fuse(model: Model, fusions: Fusions | None = None) -> Model:
     are others than PyTorch's. Calls that ask for what the fused encoder has not (embeddings as input, attention
     weights or hidden states as output, a mask that is not ``[batch, length]``) run transformers' own code.
 
+    ``bert.sparse_embedding_gradient = True`` hands autograd the word embedding's gradient as the rows that occur: for
+    a head that shares the weight, whose own gradient has every row.
+
     Args:
         fusions: all by default; with none, nothing is replaced.
 
@@ -92,8 +96,10 @@ def fuse(model: Model, fusions: Fusions | None = None) -> Model:
     for bert in found:
         if bert.config.is_decoder or bert.config.add_cross_attention:
             raise RegrowError("fuse is for encoders; this BertModel is a decoder")
-        bert.__class__ = FusedBertModel
-        bert.fusions = fusions
+        bert.fusions, bert.sparse_embedding_gradient = fusions, False
+        # Of the instance, not of a subclass: transformers looks up by the class's name what a model can return. Layers
+        # become a subclass, because gradient checkpointing is put around the forward passes of classes.
+        bert.forward = MethodType(_forward, bert)
         for layer in bert.encoder.layer:
             layer.__class__ = FusedBertLayer
     return model
@@ -141,84 +147,85 @@ class Tokens:
         return x.view(self.batch, self.length, *x.shape[1:])
 
 
-class FusedBertModel(BertModel):
-    """``BertModel`` as :func:`fuse` leaves it."""
+def _forward(
+    self: BertModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    **others: Any,
+) -> Any:
+    """Instead of ``BertModel.forward``."""
+    as_dict = others.pop("return_dict", None)
+    others = {name: value for name, value in others.items() if value is not None}
+    ordinary = input_ids is not None and (attention_mask is None or attention_mask.dim() == 2)
+    if others or not ordinary or self.config.output_hidden_states or self.config.output_attentions:
+        if as_dict is not None:
+            others["return_dict"] = as_dict
+        return BertModel.forward(self, input_ids, attention_mask, token_type_ids, **others)
+    tokens = Tokens.of(input_ids.shape, attention_mask, self.fusions.unpad, input_ids.device)
+    x = _embed(self, input_ids, token_type_ids, tokens)
+    for layer in self.encoder.layer:
+        x = layer(x, tokens, self.fusions)
+    hidden = tokens.pad(x)
+    pooled = None if self.pooler is None else self.pooler(hidden)
+    output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
+    return output if self.config.return_dict and as_dict is not False else output.to_tuple()
 
-    fusions: Fusions
-    sparse_embedding_gradient = False
-    """Hand autograd the word embedding's gradient as the rows that occur: for a head that shares the weight and whose
-    own gradient has every row, so that theirs are added in place."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **others: Any,
-    ) -> Any:
-        others = {name: value for name, value in others.items() if value is not None and name != "return_dict"}
-        ordinary = attention_mask is None or attention_mask.dim() == 2
-        if others or input_ids is None or not ordinary or self.config.output_hidden_states:
-            return super().forward(input_ids, attention_mask, token_type_ids, **others)
-        tokens = Tokens.of(input_ids.shape, attention_mask, self.fusions.unpad, input_ids.device)
-        x = self._embed(input_ids, token_type_ids, tokens)
-        for layer in self.encoder.layer:
-            x = layer(x, tokens, self.fusions)
-        hidden = tokens.pad(x)
-        pooled = None if self.pooler is None else self.pooler(hidden)
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
-
-    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None, tokens: Tokens) -> Tensor:
-        part: BertEmbeddings = self.embeddings
-        ids = tokens.pack(input_ids)
-        positions = part.position_ids[:, : tokens.length].expand(tokens.batch, -1)
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        word = part.word_embeddings
-        words = F.embedding(ids, word.weight, word.padding_idx, sparse=self.sparse_embedding_gradient and self.training)
-        places = part.position_embeddings(tokens.pack(positions)) + part.token_type_embeddings(tokens.pack(types))
-        norm, p = part.LayerNorm, part.dropout.p
-        if not self.fusions.norm:
-            return part.dropout(norm(words + places))
-        x = dropout_add_norm(words, places, norm.weight, norm.bias, eps=norm.eps)
-        return dropout(x, p, training=self.training)
+def _embed(bert: BertModel, input_ids: Tensor, token_type_ids: Tensor | None, tokens: Tokens) -> Tensor:
+    part = bert.embeddings
+    ids = tokens.pack(input_ids)
+    positions = part.position_ids[:, : tokens.length].expand(tokens.batch, -1)
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    word, rows_only = part.word_embeddings, bert.sparse_embedding_gradient and bert.training
+    words = F.embedding(ids, word.weight, word.padding_idx, sparse=rows_only)
+    places = part.position_embeddings(tokens.pack(positions)) + part.token_type_embeddings(tokens.pack(types))
+    if not bert.fusions.norm:
+        return part.dropout(part.LayerNorm(words + places))
+    norm = part.LayerNorm
+    x = dropout_add_norm(words, places, norm.weight, norm.bias, eps=norm.eps)
+    return dropout(x, part.dropout.p, training=bert.training)
 
 
 class FusedBertLayer(BertLayer):
-    """``BertLayer`` as :func:`fuse` leaves it, on ``[n, hidden]`` of packed tokens."""
+    """``BertLayer`` as :func:`fuse` leaves it: on ``[n, hidden]`` of packed tokens where it is given ``Tokens``."""
 
-    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
         if not others or not isinstance(others[0], Tokens):
             return super().forward(hidden_states, *others, **named)
         tokens, fusions = others
-        x = self._add_norm(self.attention.output, self._attend(hidden_states, tokens, fusions), hidden_states, fusions)
-        return self._add_norm(self.output, self._feed_forward(x, fusions), x, fusions)
+        x = _add_norm(self.attention.output, _attend(self, hidden_states, tokens, fusions), hidden_states, fusions)
+        return _add_norm(self.output, _feed_forward(self, x, fusions), x, fusions)
 
-    def _attend(self, x: Tensor, tokens: Tokens, fusions: Fusions) -> Tensor:
-        part = self.attention.self
-        layers = part.query, part.key, part.value
-        if fusions.qkv and all(isinstance(layer, BlockSparseLinear) for layer in layers):
-            qkv = merged_linear(layers, x)
-        else:
-            qkv = torch.cat([layer(x) for layer in layers], -1)
-        heads, p = part.num_attention_heads, part.dropout.p
-        if fusions.attention and tokens.mask is None:
-            y = attention(qkv, tokens.offsets, heads, p=p, training=self.training)
-        else:
-            y = _padded_attention(qkv, tokens, heads, p if self.training else 0.0)
-        return self.attention.output.dense(y)
 
-    def _feed_forward(self, x: Tensor, fusions: Fusions) -> Tensor:
-        first, second = self.intermediate.dense, self.output.dense
-        sparse = isinstance(first, BlockSparseLinear) and isinstance(second, BlockSparseLinear)
-        if fusions.ffn and sparse and isinstance(self.intermediate.intermediate_act_fn, GELUActivation):
-            return sparse_ffn(first, second, x)
-        return second(self.intermediate(x))
+def _attend(layer: BertLayer, x: Tensor, tokens: Tokens, fusions: Fusions) -> Tensor:
+    part = layer.attention.self
+    layers = part.query, part.key, part.value
+    if fusions.qkv and all(isinstance(layer, BlockSparseLinear) for layer in layers):
+        qkv = merged_linear(layers, x)
+    else:
+        qkv = torch.cat([layer(x) for layer in layers], -1)
+    heads, p = part.num_attention_heads, part.dropout.p
+    if fusions.attention and tokens.mask is None:
+        y = attention(qkv, tokens.offsets, heads, p=p, training=layer.training)
+    else:
+        y = _padded_attention(qkv, tokens, heads, p if layer.training else 0.0)
+    return layer.attention.output.dense(y)
 
-    def _add_norm(self, part: nn.Module, x: Tensor, residual: Tensor, fusions: Fusions) -> Tensor:
-        norm, p = part.LayerNorm, part.dropout.p
-        if not fusions.norm:
-            return norm(part.dropout(x) + residual)
-        return dropout_add_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, p=p, training=self.training)
+
+def _feed_forward(layer: BertLayer, x: Tensor, fusions: Fusions) -> Tensor:
+    first, second = layer.intermediate.dense, layer.output.dense
+    sparse = isinstance(first, BlockSparseLinear) and isinstance(second, BlockSparseLinear)
+    if fusions.ffn and sparse and isinstance(layer.intermediate.intermediate_act_fn, GELUActivation):
+        return sparse_ffn(first, second, x)
+    return second(layer.intermediate(x))
+
+
+def _add_norm(part: nn.Module, x: Tensor, residual: Tensor, fusions: Fusions) -> Tensor:
+    norm, p = part.LayerNorm, part.dropout.p
+    if not fusions.norm:
+        return norm(part.dropout(x) + residual)
+    return dropout_add_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, p=p, training=part.training)
 
 
 def _padded_attention(qkv: Tensor, tokens: Tokens, heads: int, p: float) -> Tensor:

@@ -81,6 +81,9 @@ class PretrainConfig:
     max_grad_norm: float = _option(1.0, "clip the global gradient norm; 0 is off")
     dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
     fuse: str = _option("all", "fused operations: all, none, or some of attention,norm,ffn,qkv,unpad,loss")
+    gradient_checkpointing: bool = _option(
+        False, "keep only each layer's input and compute the rest again: less memory for about a third more time"
+    )
     n_updates: int | None = _option(
         None, "segments between topology updates (the paper's n); by default one in 50 steps, at most 160"
     )
@@ -329,6 +332,8 @@ def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
         lr_scheduler_type="linear",
         warmup_steps=round(config.warmup * config.steps),
         max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="sequential",  # the shuffling is inside the data set
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
-from regrow.kernels import cpu, ops, reference
+from regrow.kernels import cpu
 from regrow.kernels.register import register_operator
 
 _INDEX1, _INDEX2 = (f"Tensor row_ptr{i}, Tensor col_idx{i}, Tensor slot{i}" for i in (1, 2))
@@ -173,9 +173,7 @@ def _gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_values1, need_bias1, _, _, _, need_values2, need_bias2 = ctx.needs_input_grad[:8]
     needed = need_x, need_values1, need_bias1, need_values2, need_bias2
     grads = _FFN_BACKWARD(g, *ctx.saved_tensors, *needed)
-    dx, dvalues1, dbias1, dvalues2, dbias2 = (
-        grad if need else None for grad, need in zip(grads, needed, strict=True)
-    )
+    dx, dvalues1, dbias1, dvalues2, dbias2 = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     return dx, dvalues1, dbias1, None, None, None, dvalues2, dbias2, None, None, None
 
 

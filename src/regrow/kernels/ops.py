@@ -349,10 +349,13 @@ def _sddmm_backward(ctx: Any, h: Tensor, h_sum: Tensor) -> tuple[Tensor | None, 
 def _spmm_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, values, _bias, *index, _with_slope = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the slope's gradient would be made, of zeros
     ctx.save_for_backward(x, values, output[1], *index)
 
 
-def _spmm_gelu_gradient(ctx: Any, g: Tensor, _g_slope: Tensor) -> tuple[Tensor | None, ...]:
+def _spmm_gelu_gradient(ctx: Any, g: Tensor | None, _g_slope: None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 7
     x, values, slope, *index = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     grads = _SPMM_GELU_BACKWARD(g, slope, x, values, *index, *needed)
