@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertLayer, BertModel
+from transformers.models.bert.modeling_bert import BertLayer, BertModel, BertOutput, BertSelfOutput
 
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear
@@ -157,8 +157,8 @@ def _forward(
     """Instead of ``BertModel.forward``."""
     as_dict = others.pop("return_dict", None)
     others = {name: value for name, value in others.items() if value is not None}
-    ordinary = input_ids is not None and (attention_mask is None or attention_mask.dim() == 2)
-    if others or not ordinary or self.config.output_hidden_states or self.config.output_attentions:
+    ordinary = attention_mask is None or attention_mask.dim() == 2
+    if others or input_ids is None or not ordinary or self.config.output_hidden_states or self.config.output_attentions:
         if as_dict is not None:
             others["return_dict"] = as_dict
         return BertModel.forward(self, input_ids, attention_mask, token_type_ids, **others)
@@ -221,7 +221,7 @@ def _feed_forward(layer: BertLayer, x: Tensor, fusions: Fusions) -> Tensor:
     return second(layer.intermediate(x))
 
 
-def _add_norm(part: nn.Module, x: Tensor, residual: Tensor, fusions: Fusions) -> Tensor:
+def _add_norm(part: BertSelfOutput | BertOutput, x: Tensor, residual: Tensor, fusions: Fusions) -> Tensor:
     norm, p = part.LayerNorm, part.dropout.p
     if not fusions.norm:
         return norm(part.dropout(x) + residual)

@@ -53,7 +53,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _LinearCrossEntropy.apply(x, weight, bias, targets, rows)  # type: ignore[no-untyped-call]
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, rows)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> None:
