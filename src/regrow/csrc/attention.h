@@ -49,7 +49,8 @@ void copy_rows(const AttentionShape& a, const float* from, int64_t stride, int64
 }
 
 // Rows -> a matrix of them as columns, in panels, times a factor; the last panel is filled up with zeros.
-void copy_transposed(const AttentionShape& a, const float* from, int64_t stride, int64_t rows, float factor, float* to) {
+void copy_transposed(const AttentionShape& a, const float* from, int64_t stride, int64_t rows, float factor,
+                     float* to) {
     for (int64_t r = 0; r < rows; r += W) {
         float* place = to + r / kGemmColumns * (kGemmColumns * a.dim) + r % kGemmColumns;
         for (int64_t j = 0; j < a.dim; j += W) {
@@ -68,7 +69,8 @@ INLINE Panels transposed(const AttentionShape& a, const float* data) {
     return {data, kGemmColumns * a.dim, kGemmColumns};
 }
 
-// Rows of whole vectors, times a factor -> rows `stride` apart, around the caches where they are aligned.
+// Rows of whole vectors, times a factor -> rows `stride` apart, around the caches where they are aligned: they are not
+// read again before much else is written.
 INLINE void write_rows(const AttentionShape& a, const float* from, int64_t rows, float factor, float* to,
                        int64_t stride) {
     const bool streaming = a.dim % 16 == 0 && stride % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
@@ -111,17 +113,11 @@ struct AttentionPair {
         lse = head * a.n_tokens + first;
         mask_row = uint64_t(lse);
     }
-    // Its token t will be read soon: no hardware prefetcher follows from page to page.
-    template <bool Backward>
-    INLINE void prefetch(const AttentionArgs& a, int64_t t) const {
-        if (t >= length) return;
-        for (int64_t j = 0; j < a.dim; j += 16) {
-            const float* q = a.qkv + in + t * row + j;
-            for (int part = 0; part < 3; ++part) __builtin_prefetch(q + part * hidden, 0, 2);
-            if (!Backward) continue;
-            __builtin_prefetch(a.g + out + t * hidden + j, 0, 2);
-            __builtin_prefetch(a.out + out + t * hidden + j, 0, 2);
-        }
+    // All that is read of its tokens. The gradient has more products, so fewer at a time are early enough.
+    Soon soon(const AttentionArgs& a, bool backward) const {
+        const float* q = a.qkv + in;
+        return {{q, q + hidden, q + 2 * hidden, a.g + out, a.out + out},
+                {row, row, row, hidden, hidden}, backward ? 5 : 3, a.dim, length, backward ? 1 : 2};
     }
 };
 
@@ -134,7 +130,8 @@ void attention_forward(const AttentionArgs& a, int64_t i0, int64_t i1, float* sc
     float *q = pieces.take(shape.queries()), *o = pieces.take(shape.queries()), *s = pieces.take(shape.scores());
     const int64_t width = shape.width, score_row = shape.score_row;
     for (int64_t i = i0; i < i1; ++i) {
-        const AttentionPair pair(a, i), next(a, min64(i + 1, i1 - 1));
+        const AttentionPair pair(a, i);
+        Soon next = AttentionPair(a, min64(i + 1, i1 - 1)).soon(a, false);
         const int64_t n = pair.length, hidden = pair.hidden;
         const float* in = a.qkv + pair.in;
         copy_transposed(shape, in + hidden, pair.row, n, a.scale, keys);
@@ -142,19 +139,18 @@ void attention_forward(const AttentionArgs& a, int64_t i0, int64_t i1, float* sc
         for (int64_t r0 = 0; r0 < n; r0 += kQueries) {
             const int64_t rows = min64(kQueries, n - r0);
             copy_rows(shape, in + r0 * pair.row, pair.row, rows, q);
-            gemm({q, width, 1}, transposed(shape, keys), rows, round_up(n, W), a.dim, false, s, score_row);
+            gemm({q, width, 1}, transposed(shape, keys), rows, round_up(n, W), a.dim, false, s, score_row, next);
             float top[kQueries], sum[kQueries];
             constexpr int kTogether = Drop ? 1 : 4;
             const auto softmax = [&](auto together, int64_t r) LAMBDA {
                 constexpr int R = together;
-                unroll<R>([&](auto t) LAMBDA { next.prefetch<false>(a, r0 + r + t); });
                 const uint64_t row = pair.mask_row + r0 + r;
                 exponentials<Drop, R>(d, row, s + r * score_row, score_row, n, top + r, sum + r);
             };
             int64_t r = 0;
             for (; r + kTogether <= rows; r += kTogether) softmax(Int<kTogether>{}, r);
             for (; r < rows; ++r) softmax(Int<1>{}, r);
-            gemm({s, score_row, 1}, by_rows(values, width), rows, width, n, false, o, width);
+            gemm({s, score_row, 1}, by_rows(values, width), rows, width, n, false, o, width, next);
             float *to = a.out + pair.out + r0 * hidden, *lse = a.lse + pair.lse + r0;
             for (r = 0; r < rows; ++r) {
                 lse[r] = top[r] + __builtin_logf(sum[r]);
@@ -176,7 +172,8 @@ void attention_gradient(const AttentionArgs& a, int64_t i0, int64_t i1, float* s
     float *s = pieces.take(shape.scores()), *dp = pieces.take(shape.scores());
     const int64_t width = shape.width, score_row = shape.score_row;
     for (int64_t i = i0; i < i1; ++i) {
-        const AttentionPair pair(a, i), next(a, min64(i + 1, i1 - 1));
+        const AttentionPair pair(a, i);
+        Soon next = AttentionPair(a, min64(i + 1, i1 - 1)).soon(a, true);
         const int64_t n = pair.length, hidden = pair.hidden;
         const float* in = a.qkv + pair.in;
         float* to = a.dqkv + pair.in;
@@ -187,17 +184,16 @@ void attention_gradient(const AttentionArgs& a, int64_t i0, int64_t i1, float* s
             const int64_t rows = min64(kQueries, n - r0), out = pair.out + r0 * hidden;
             copy_rows(shape, in + r0 * pair.row, pair.row, rows, q);
             copy_rows(shape, a.g + out, hidden, rows, g);
-            gemm({q, width, 1}, transposed(shape, keys_t), rows, round_up(n, W), a.dim, false, s, score_row);
-            gemm({g, width, 1}, transposed(shape, values_t), rows, round_up(n, W), a.dim, false, dp, score_row);
+            gemm({q, width, 1}, transposed(shape, keys_t), rows, round_up(n, W), a.dim, false, s, score_row, next);
+            gemm({g, width, 1}, transposed(shape, values_t), rows, round_up(n, W), a.dim, false, dp, score_row, next);
             for (int64_t r = 0; r < rows; ++r) {
-                next.prefetch<true>(a, r0 + r);
                 const float mean = dot(a.g + out + r * hidden, a.out + out + r * hidden, a.dim);
                 softmax_gradient<Drop>(d, pair.mask_row + r0 + r, s + r * score_row, dp + r * score_row, n,
                                        a.lse[pair.lse + r0 + r], mean);
             }
-            gemm({s, 1, score_row}, by_rows(g, width), n, width, rows, r0 > 0, dv, width);
-            gemm({dp, 1, score_row}, by_rows(q, width), n, width, rows, r0 > 0, dk, width);
-            gemm({dp, score_row, 1}, by_rows(keys, width), rows, width, n, false, dq, width);
+            gemm({s, 1, score_row}, by_rows(g, width), n, width, rows, r0 > 0, dv, width, next);
+            gemm({dp, 1, score_row}, by_rows(q, width), n, width, rows, r0 > 0, dk, width, next);
+            gemm({dp, score_row, 1}, by_rows(keys, width), rows, width, n, false, dq, width, next);
             write_rows(shape, dq, rows, a.scale, to + r0 * pair.row, pair.row);
         }
         write_rows(shape, dk, n, a.scale, to + hidden, pair.row);

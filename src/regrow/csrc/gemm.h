@@ -22,6 +22,25 @@ struct Panels {
 };
 INLINE Panels by_rows(const float* data, int64_t row) { return {data, kGemmColumns, row}; }
 
+// Rows that will be read soon, asked for a few at a time between the tiles of a product: they lie on a page each, where
+// no hardware prefetcher follows.
+struct Soon {
+    static constexpr int kMost = 5;
+    const float* from[kMost];
+    int64_t stride[kMost];
+    int parts;
+    int64_t floats, left, together;  // of a row; rows; rows between two tiles
+
+    INLINE void ask() {
+        for (int64_t last = left > together ? left - together : 0; left > last; --left) {
+            for (int part = 0; part < parts; ++part) {
+                for (int64_t j = 0; j < floats; j += 16) __builtin_prefetch(from[part] + j, 0, 2);
+                from[part] += stride[part];
+            }
+        }
+    }
+};
+
 // Mm rows and Nv vectors of C. `stride` is between the rows of A where A is stored by rows, between its columns where
 // it is stored by columns. Addresses of rows are made of one pointer for three of them, as the addressing modes of x86
 // reach the other two: a pointer for each would not fit in the registers.
@@ -52,19 +71,20 @@ INLINE void gemm_tile(const float* a, int64_t stride, const float* b, int64_t b_
 // One panel: as many tiles of Mm rows as fit, then smaller ones.
 template <int Mm, int Nv, bool ByRows>
 INLINE void gemm_panel(const float* a, int64_t stride, const float* b, int64_t b_row, int64_t rows, int64_t depth,
-                       bool add, float* c, int64_t c_row) {
+                       bool add, float* c, int64_t c_row, Soon& soon) {
     for (; rows >= Mm; rows -= Mm, a += Mm * (ByRows ? stride : 1), c += Mm * c_row) {
         gemm_tile<Mm, Nv, ByRows>(a, stride, b, b_row, depth, add, c, c_row);
+        soon.ask();
     }
     if constexpr (Mm > 1) {
         constexpr int kNext = Mm > 8 ? 8 : Mm > 4 ? 4 : Mm / 2;
-        if (rows) gemm_panel<kNext, Nv, ByRows>(a, stride, b, b_row, rows, depth, add, c, c_row);
+        if (rows) gemm_panel<kNext, Nv, ByRows>(a, stride, b, b_row, rows, depth, add, c, c_row, soon);
     }
 }
 
 template <bool ByRows>
 void gemm_any(const float* a, int64_t stride, Panels b, int64_t rows, int64_t width, int64_t depth, bool add, float* c,
-              int64_t c_row) {
+              int64_t c_row, Soon& soon) {
     // So many rows of a panel stay in the L1 cache; and a sum of such sums is more exact than one long sum.
     constexpr int64_t kDepth = 64;
     for (int64_t k = 0; k < depth; k += kDepth, add = true) {
@@ -73,21 +93,22 @@ void gemm_any(const float* a, int64_t stride, Panels b, int64_t rows, int64_t wi
         for (int64_t n = 0; n < width; n += kGemmColumns, b_part += b.panel) {
             if (width - n >= kGemmColumns) {
                 gemm_panel<kGemmRows, kGemmVectors, ByRows>(a_part, stride, b_part, b.row, rows, part, add, c + n,
-                                                            c_row);
+                                                            c_row, soon);
             } else {
-                gemm_panel<kGemmRows, 1, ByRows>(a_part, stride, b_part, b.row, rows, part, add, c + n, c_row);
+                gemm_panel<kGemmRows, 1, ByRows>(a_part, stride, b_part, b.row, rows, part, add, c + n, c_row, soon);
             }
         }
     }
 }
 
 // C [rows, width] = A [rows, depth] B [depth, width], or added to C. `width` is a multiple of W, C and the rows of B
-// are aligned to vectors; depth is at least 1. One of A's strides is 1.
-INLINE void gemm(Matrix a, Panels b, int64_t rows, int64_t width, int64_t depth, bool add, float* c, int64_t c_row) {
+// are aligned to vectors; depth is at least 1. One of A's strides is 1. Between tiles, rows of `soon` are asked for.
+INLINE void gemm(Matrix a, Panels b, int64_t rows, int64_t width, int64_t depth, bool add, float* c, int64_t c_row,
+                 Soon& soon) {
     if (a.column == 1) {
-        gemm_any<true>(a.data, a.row, b, rows, width, depth, add, c, c_row);
+        gemm_any<true>(a.data, a.row, b, rows, width, depth, add, c, c_row, soon);
     } else {
-        gemm_any<false>(a.data, a.column, b, rows, width, depth, add, c, c_row);
+        gemm_any<false>(a.data, a.column, b, rows, width, depth, add, c, c_row, soon);
     }
 }
 

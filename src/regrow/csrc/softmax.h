@@ -57,7 +57,8 @@ INLINE void exponentials(const Dropout& d, uint64_t row, float* s, int64_t strid
     };
     if constexpr (Drop) {
         unroll<R>([&](auto r) LAMBDA {
-            for_columns<true>(d, row + r, n, [&](int64_t j, V f) LAMBDA { store(s + r * stride + j, power(r, j) * f); });
+            const auto drop = [&](int64_t j, V f) LAMBDA { store(s + r * stride + j, power(r, j) * f); };
+            for_columns<true>(d, row + r, n, drop);
         });
     } else {
         for (int64_t j = 0; j < n; j += W) {
