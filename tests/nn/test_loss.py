@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from regrow.errors import RegrowError
 from regrow.kernels import cpu
 from regrow.nn.loss import linear_cross_entropy
+from regrow.nn.tied import SharedGradient, tied_embedding
 from tolerances import GRADIENT_FACTOR, assert_as_good_as_dense
 
 SIZES = [(7, 5, 3), (1, 1, 1), (33, 16, 17), (20, 64, 1000), (3, 8, 4100)]
@@ -120,3 +121,35 @@ def test_errors_name_the_argument(change, message) -> None:
     names = dict(zip(("x", "weight", "bias", "targets"), problem(5, 4, 6), strict=True)) | change
     with pytest.raises(RegrowError, match=message):
         linear_cross_entropy(**names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padding_idx", [None, 0, 3])
+def test_a_tied_weight_has_one_gradient(dtype: torch.dtype, padding_idx: int | None) -> None:
+    _, weight, bias, _ = problem(1, 40, 30, dtype)
+    draw = torch.Generator().manual_seed(5)
+    ids, targets = (torch.randint(30, (50,), generator=draw) for _ in range(2))
+    grads = []
+    for tied in (True, False):
+        leaf, shared = weight.clone().requires_grad_(), SharedGradient()
+        for _ in range(2):  # accumulated, as over two batches
+            if tied:
+                x = tied_embedding(ids, leaf, shared, padding_idx)
+                loss = linear_cross_entropy(x.tanh(), leaf, bias, targets, shared=shared)
+            else:
+                loss = plain(F.embedding(ids, leaf, padding_idx).tanh(), leaf, bias, targets)
+            (loss * 0.5).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_tied_embedding_without_its_loss_has_the_ordinary_gradient() -> None:
+    weight = torch.randn(9, 4, requires_grad=True)
+    ids = torch.tensor([2, 2, 7])
+    tied_embedding(ids, weight, SharedGradient()).sum().backward()
+    assert weight.grad is not None and weight.grad.sum(1).tolist() == [0, 0, 8, 0, 0, 0, 0, 4, 0]
+
+
+def test_rows_outside_the_weight_are_refused() -> None:
+    with pytest.raises(RegrowError, match="rows holds 9"):
+        cpu.add_rows_(torch.zeros(9, 4), torch.tensor([1, 9]), torch.ones(2, 4))

@@ -24,6 +24,7 @@ from regrow.nn.attention import attention
 from regrow.nn.ffn import sparse_ffn
 from regrow.nn.merged import merged_linear
 from regrow.nn.norm import dropout, dropout_add_norm
+from regrow.nn.tied import SharedGradient, tied_embedding
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,8 +71,8 @@ def fuse(model: Model, fusions: Fusions | None = None) -> Model:
     are others than PyTorch's. Calls that ask for what the fused encoder has not (embeddings as input, attention
     weights or hidden states as output, a mask that is not ``[batch, length]``) run transformers' own code.
 
-    ``bert.sparse_embedding_gradient = True`` hands autograd the word embedding's gradient as the rows that occur: for
-    a head that shares the weight, whose own gradient has every row.
+    A fused ``bert(..., shared=SharedGradient())`` adds the word embedding's gradient to that of a head with the same
+    weight; see :mod:`regrow.nn.tied`.
 
     Args:
         fusions: all by default; with none, nothing is replaced.
@@ -96,7 +97,7 @@ def fuse(model: Model, fusions: Fusions | None = None) -> Model:
     for bert in found:
         if bert.config.is_decoder or bert.config.add_cross_attention:
             raise RegrowError("fuse is for encoders; this BertModel is a decoder")
-        bert.fusions, bert.sparse_embedding_gradient = fusions, False
+        bert.fusions = fusions
         # Of the instance, not of a subclass: transformers looks up by the class's name what a model can return. Layers
         # become a subclass, because gradient checkpointing is put around the forward passes of classes.
         bert.forward = MethodType(_forward, bert)
@@ -152,6 +153,7 @@ def _forward(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    shared: SharedGradient | None = None,
     **others: Any,
 ) -> Any:
     """Instead of ``BertModel.forward``."""
@@ -163,7 +165,7 @@ def _forward(
             others["return_dict"] = as_dict
         return BertModel.forward(self, input_ids, attention_mask, token_type_ids, **others)
     tokens = Tokens.of(input_ids.shape, attention_mask, self.fusions.unpad, input_ids.device)
-    x = _embed(self, input_ids, token_type_ids, tokens)
+    x = _embed(self, input_ids, token_type_ids, tokens, shared)
     for layer in self.encoder.layer:
         x = layer(x, tokens, self.fusions)
     hidden = tokens.pad(x)
@@ -172,13 +174,15 @@ def _forward(
     return output if self.config.return_dict and as_dict is not False else output.to_tuple()
 
 
-def _embed(bert: BertModel, input_ids: Tensor, token_type_ids: Tensor | None, tokens: Tokens) -> Tensor:
+def _embed(
+    bert: BertModel, input_ids: Tensor, token_type_ids: Tensor | None, tokens: Tokens, shared: SharedGradient | None
+) -> Tensor:
     part = bert.embeddings
     ids = tokens.pack(input_ids)
     positions = part.position_ids[:, : tokens.length].expand(tokens.batch, -1)
     types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-    word, rows_only = part.word_embeddings, bert.sparse_embedding_gradient and bert.training
-    words = F.embedding(ids, word.weight, word.padding_idx, sparse=rows_only)
+    word = part.word_embeddings
+    words = word(ids) if shared is None else tied_embedding(ids, word.weight, shared, word.padding_idx)
     places = part.position_embeddings(tokens.pack(positions)) + part.token_type_embeddings(tokens.pack(types))
     if not bert.fusions.norm:
         return part.dropout(part.LayerNorm(words + places))

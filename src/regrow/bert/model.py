@@ -20,6 +20,7 @@ from regrow.bert.fused import Fusions, fuse
 from regrow.bert.masking import IGNORE
 from regrow.nn import named_sparse_layers, sparsify
 from regrow.nn.loss import linear_cross_entropy
+from regrow.nn.tied import SharedGradient
 from regrow.topology.distribution import Distribution
 
 ENCODER = "bert.encoder.*"
@@ -64,14 +65,14 @@ class BertForPreTraining(transformers.BertForPreTraining):
         fusions = getattr(self.bert, "fusions", Fusions.named("none"))
         head = self.cls.predictions
         fused_loss = fusions.loss and self.training
-        # The head's gradient has every row of the shared weight; the few rows of the embedding's go on top of it.
-        self.bert.sparse_embedding_gradient = fused_loss and head.decoder.weight is self.get_input_embeddings().weight
-        hidden, pooled = self.bert(input_ids, **inputs)[:2]
+        tied = fused_loss and head.decoder.weight is self.get_input_embeddings().weight
+        shared = {"shared": SharedGradient()} if tied else {}
+        hidden, pooled = self.bert(input_ids, **inputs, **shared)[:2]
         rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         predicted, targets = hidden.flatten(0, 1).index_select(0, rows), labels.flatten().index_select(0, rows)
         if fused_loss:
             logits, decoder = None, head.decoder
-            mlm_loss = linear_cross_entropy(head.transform(predicted), decoder.weight, decoder.bias, targets)
+            mlm_loss = linear_cross_entropy(head.transform(predicted), decoder.weight, decoder.bias, targets, **shared)
         else:
             logits = head(predicted)
             mlm_loss = _mean_cross_entropy(logits, targets)

@@ -145,6 +145,11 @@ def cross_entropy_(logits: Tensor, bias: Tensor | None, targets: Tensor, scale: 
     return losses, sums
 
 
+def add_rows_(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``x[rows[i]] += values[i]``, in order of ``i``; ``x [n, width]`` contiguous."""
+    call("add_rows", (x, rows, values), *x.shape, rows.shape[0])
+
+
 def call(name: str, arrays: Sequence[Tensor | None], *sizes: float) -> None:
     """Call a function of the extension with the addresses of ``arrays``, made contiguous, and ``sizes``."""
     arrays = [None if array is None else array.contiguous() for array in arrays]  # kept until the call returns

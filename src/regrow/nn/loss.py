@@ -11,13 +11,20 @@ from torch.nn import functional as F
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu
+from regrow.nn.tied import SharedGradient
 
 _ROWS = 1024
 """Rows of logits that exist at a time, at most."""
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, rows: int = _ROWS
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    rows: int = _ROWS,
+    shared: SharedGradient | None = None,
 ) -> Tensor:
     r"""Mean cross-entropy of a linear classifier: ``cross_entropy(x W^T + bias, targets)``.
 
@@ -35,6 +42,8 @@ def linear_cross_entropy(
         targets: ``[n]`` int64, the true classes.
         rows: how many rows of logits exist at a time, at most. More cost memory, fewer cost a pass over the weight's
             gradient for each group.
+        shared: for a ``weight`` that is the embedding too: see :func:`regrow.nn.tied.tied_embedding`, from whose result
+            ``x`` was computed.
 
     Returns:
         The scalar loss in nats; 0 if ``n`` is 0.
@@ -53,7 +62,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _LinearCrossEntropy.apply(x, weight, bias, targets, rows)
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, rows, shared)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> None:
@@ -69,7 +78,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: int,
+        shared: SharedGradient | None,
+    ) -> Tensor:
         n, (with_x, with_weight, with_bias) = x.shape[0], ctx.needs_input_grad[:3]
         gradient = with_x or with_weight or with_bias
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if with_x else None
@@ -85,7 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=dx[i])
             if with_weight:
                 dweight = logits.t() @ x[i] if dweight is None else dweight.addmm_(logits.t(), x[i])
-        # No saved tensors: autograd adds to a gradient in place only where nothing else refers to it.
+        # No saved tensors: a gradient is taken over, not copied, only where nothing else refers to it.
+        ctx.shared = shared
         ctx.gradients = dx, dweight, dbias if with_bias else None
         return total / max(n, 1)
 
@@ -97,7 +115,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RegrowError("linear_cross_entropy keeps its gradients for one backward pass; compute the loss again")
         if g.item() != 1:
             gradients = [None if gradient is None else gradient * g for gradient in gradients]
-        return *gradients, None, None
+        dx, dweight, dbias = gradients
+        if ctx.shared is not None:
+            ctx.shared.gradient, dweight = dweight, None
+        return dx, dweight, dbias, None, None, None
 
 
 def _softmax_gradient_(
