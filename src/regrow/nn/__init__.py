@@ -1,6 +1,7 @@
 """Sparse layers, the conversion of models to and from them, and the operations between them."""
 
 from regrow.nn.attention import attention
+from regrow.nn.ffn import sparse_ffn
 from regrow.nn.linear import BLOCK_SIZES, BlockSparseLinear
 from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.merged import merged_linear
@@ -19,5 +20,6 @@ __all__ = [
     "linear_cross_entropy",
     "merged_linear",
     "named_sparse_layers",
+    "sparse_ffn",
     "sparsify",
 ]
