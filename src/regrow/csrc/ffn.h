@@ -83,9 +83,11 @@ INLINE void gelu_row(const float* bias, int64_t groups, float* h, float* df, flo
         const V b = bias ? expand<G>(bias + piece / G) : V{};
         V total{};
         for (int64_t at = piece; at < piece + groups * (B * G); at += B * G) {
-            V slope;
-            store(h + at, gelu(load(h + at) + b, slope));
-            if constexpr (Backward) {
+            if constexpr (!Backward) {
+                store(h + at, gelu(load(h + at) + b));
+            } else {
+                V slope;
+                store(h + at, gelu(load(h + at) + b, slope));
                 const V dh = load(df + at) * slope;
                 store(df + at, dh);
                 total += dh;

@@ -211,8 +211,14 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
         for (int64_t left = min64(n, kBlocks); left > 0; --left, ++idx, w += B * B) {
             const float* xp = panel + *idx * stride;
             const float* wp = w;
+            const float* next = panel + idx[left > 1 ? 1 : 0] * stride;
 #pragma GCC unroll 2
             for (int k = 0; k < B; ++k, xp += G, wp += PW) {
+                // A small block is over before the hardware has noticed the next one.
+                if constexpr (G > 1) {
+                    constexpr int kLines = (Mm * W / 16 + B - 1) / B;
+                    unroll<kLines>([&](auto i) LAMBDA { __builtin_prefetch(next + (k * kLines + i) * 16); });
+                }
                 V wv[NV];
                 unroll<NV>([&](auto v) LAMBDA { wv[v] = expand<G>(wp + v * W); });
                 unroll<Mm>([&](auto m) LAMBDA {

@@ -26,13 +26,13 @@ struct Weight {
     WeightArgs args;
     int64_t cols, n_blocks;
 
-    Weight(Address values, Address row_ptr, Address col_idx, Address slot, int64_t rows, int64_t cols, int64_t n_blocks,
-           int b)
+    Weight(const char* which, Address values, Address row_ptr, Address col_idx, Address slot, int64_t rows,
+           int64_t cols, int64_t n_blocks, int b)
         : args{at<const float>(values), at<const int32_t>(row_ptr), at<const int32_t>(col_idx), at<const int32_t>(slot),
                rows, b},
           cols(cols),
           n_blocks(n_blocks) {
-        check_indices(args.row_ptr, args.col_idx, args.slot, rows, cols, n_blocks);
+        check_indices(args.row_ptr, args.col_idx, args.slot, rows, cols, n_blocks, which);
     }
     size_t numbers() const { return n_blocks * args.block * args.block; }
     PackedWeight places() const { return {nullptr, args.row_ptr, args.col_idx}; }
@@ -55,13 +55,11 @@ struct Weight {
     }
 };
 
-// Slabs follow one another in a row only if the columns ascend.
+// Slabs follow one another in a row of the second weight only if its columns ascend.
 void check_order(const WeightArgs& w) {
     for (int64_t r = 0; r < w.rows; ++r) {
         for (int64_t p = w.row_ptr[r] + 1; p < w.row_ptr[r + 1]; ++p) {
-            if (w.col_idx[p] < w.col_idx[p - 1]) {
-                fail("col_idx decreases within row " + std::to_string(r) + " of the second weight");
-            }
+            if (w.col_idx[p] < w.col_idx[p - 1]) fail("col_idx2 decreases within block row " + std::to_string(r));
         }
     }
 }
@@ -85,8 +83,8 @@ void ffn(Address x, Address values1, Address bias1, Address row_ptr1, Address co
          Address bias2, Address row_ptr2, Address col_idx2, Address slot2, Address y, int64_t n_tokens,
          int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, int64_t n_blocks1, int64_t n_blocks2, int b,
          int threads) {
-    const Weight first(values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
-    const Weight second(values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
+    const Weight first("1", values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
+    const Weight second("2", values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
     check_order(second.args);
     if (n_tokens == 0 || out_blocks == 0) return;
 
@@ -116,12 +114,12 @@ void ffn_backward(Address g, Address x, Address values1, Address bias1, Address 
                   Address dvalues1, Address dbias1, Address dvalues2, Address dbias2, int64_t n_tokens,
                   int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, int64_t n_blocks1, int64_t n_blocks2,
                   int b, int threads) {
-    const Weight first(values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
-    const Weight second(values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
+    const Weight first("1", values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
+    const Weight second("2", values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
     check_order(second.args);
     void* seen = t_scratch.reserve(padded(std::max(n_blocks1, n_blocks2)));
-    check_permutation(first.args.slot, n_blocks1, seen);
-    check_permutation(second.args.slot, n_blocks2, seen);
+    check_permutation(first.args.slot, n_blocks1, seen, "1");
+    check_permutation(second.args.slot, n_blocks2, seen, "2");
 
     nb::gil_scoped_release release;
     const int n = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n_tokens, 1)));

@@ -236,4 +236,25 @@ INLINE V gelu(V h, V& slope) {
     return h * below;
 }
 
+// gelu(h) where no slope is wanted, without an exponential: 1/2 + u P(u^2) / Q(u^2) for Phi. As far from h Phi(h) as
+// torch's own, 1e-6 at most.
+INLINE V gelu(V h) {
+    constexpr float kEnd = 5.6f;  // further down there is less than 6e-8 left
+    V u = h > kEnd ? V{} + kEnd : h;
+    u = u < -kEnd ? V{} - kEnd : u;
+    const V s = u * u;
+    V p = s * 2.171140778273184e-08f + 6.58988165014307e-06f;
+    p = p * s + 0.00019011038239113986f;
+    p = p * s + 0.004805148579180241f;
+    p = p * s + 0.03584317862987518f;
+    p = p * s + 0.39894190430641174f;
+    V q = s * 1.1851251429106924e-06f + 8.099443948594853e-05f;
+    q = q * s + 0.0020031058229506016f;
+    q = q * s + 0.02980159781873226f;
+    q = q * s + 0.2565082907676697f;
+    q = q * s + 1.0f;
+    const V below = u * p / q + 0.5f;
+    return h < -kEnd ? V{} : h * below;
+}
+
 }  // namespace

@@ -3,35 +3,36 @@
 #include "runtime.h"
 
 // One bad index would read or write outside the arrays, so every call checks all of them: O(n_blocks).
-inline void check_range(const int32_t* v, const char* name, int64_t size, int64_t limit) {
+inline void check_range(const int32_t* v, const std::string& name, int64_t size, int64_t limit) {
     uint32_t top = 0;  // a negative index is a large unsigned number
     for (int64_t i = 0; i < size; ++i) top = std::max(top, uint32_t(v[i]));
     if (size && top >= uint64_t(limit)) {
-        fail(std::string(name) + " holds " + std::to_string(int32_t(top)) + ", outside [0, " +
+        fail(name + " holds " + std::to_string(int32_t(top)) + ", outside [0, " +
              std::to_string(limit) + ")");
     }
 }
 
-inline void check_indices(const int32_t* row_ptr, const int32_t* col_idx, const int32_t* slot, int64_t rows, int64_t cols,
-                          int64_t n_blocks) {
-    if (row_ptr[0] != 0) fail("row_ptr starts at " + std::to_string(row_ptr[0]) + ", not 0");
+// `which` ends the names of the arrays, where there are several weights.
+inline void check_indices(const int32_t* row_ptr, const int32_t* col_idx, const int32_t* slot, int64_t rows,
+                          int64_t cols, int64_t n_blocks, const std::string& which = "") {
+    if (row_ptr[0] != 0) fail("row_ptr" + which + " starts at " + std::to_string(row_ptr[0]) + ", not 0");
     for (int64_t i = 1; i <= rows; ++i) {
-        if (row_ptr[i] < row_ptr[i - 1]) fail("row_ptr decreases at position " + std::to_string(i));
+        if (row_ptr[i] < row_ptr[i - 1]) fail("row_ptr" + which + " decreases at position " + std::to_string(i));
     }
     if (row_ptr[rows] != n_blocks) {
-        fail("row_ptr ends at " + std::to_string(row_ptr[rows]) + ", not at the number of blocks, " +
+        fail("row_ptr" + which + " ends at " + std::to_string(row_ptr[rows]) + ", not at the number of blocks, " +
              std::to_string(n_blocks));
     }
-    check_range(col_idx, "col_idx", n_blocks, cols);
-    check_range(slot, "slot", n_blocks, n_blocks);
+    check_range(col_idx, "col_idx" + which, n_blocks, cols);
+    check_range(slot, "slot" + which, n_blocks, n_blocks);
 }
 
 // A slot named twice leaves another one unwritten. `scratch` has room for a byte for every block.
-inline void check_permutation(const int32_t* slot, int64_t n_blocks, void* scratch) {
+inline void check_permutation(const int32_t* slot, int64_t n_blocks, void* scratch, const std::string& which = "") {
     unsigned char* seen = static_cast<unsigned char*>(scratch);
     std::memset(seen, 0, n_blocks);
     for (int64_t p = 0; p < n_blocks; ++p) seen[slot[p]] = 1;
-    if (std::memchr(seen, 0, n_blocks)) fail("slot is not a permutation: some slots are named twice");
+    if (std::memchr(seen, 0, n_blocks)) fail("slot" + which + " is not a permutation: some slots are named twice");
 }
 
 // The weight in the order of columns: ptr [cols + 1], row_idx and packed. A counting sort in n parts, each a range of

@@ -11,9 +11,11 @@ A weight ``W`` of shape ``[out, in] = [R * b, C * b]`` is kept as its non-zero b
 ======================  ================================================================================
 
 :func:`spmm` is ``y = x W^T + bias``, :func:`spmm_t` is ``dx = g W`` and :func:`sddmm` is ``g^T x`` at the
-blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. Nothing of the size of ``W`` is ever allocated.
+blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass, and :func:`ffn` is two
+products with a GELU between them. Nothing of the size of ``W`` is ever allocated.
 """
 
+from regrow.kernels.ffn import ffn
 from regrow.kernels.ops import sddmm, spmm, spmm_gelu, spmm_t
 
-__all__ = ["sddmm", "spmm", "spmm_gelu", "spmm_t"]
+__all__ = ["ffn", "sddmm", "spmm", "spmm_gelu", "spmm_t"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
-from regrow.kernels import cpu, ops, reference
+from regrow.kernels import cpu, reference
+from regrow.kernels.ops import check_contents
 from regrow.kernels.register import register_operator
 
 _INDEX1, _INDEX2 = (f"Tensor row_ptr{i}, Tensor col_idx{i}, Tensor slot{i}" for i in (1, 2))
@@ -127,24 +128,44 @@ def _check(
 # ---- forward and gradient ---------------------------------------------------------------------------
 
 
+def _compiled(x: Tensor, widths: tuple[int, int, int], b: int, index1: Sequence[Tensor], index2: Sequence[Tensor]) -> bool:
+    """Whether the compiled kernels do it; if not, the indices are checked here."""
+    n_in, hidden, _out = widths
+    if cpu.supports(x, b) and hidden:
+        return True
+    check_contents(index1, n_in // b, "1")
+    check_contents(index2, hidden // b, "2")
+    return False
+
+
+def _sizes(x: Tensor, widths: tuple[int, int, int], values1: Tensor, values2: Tensor) -> tuple[int, ...]:
+    b = values1.shape[1]
+    return x.shape[0], *(width // b for width in widths), values1.shape[0], values2.shape[0], b
+
+
 def _ffn(x: Tensor, values1: Tensor, bias1: Tensor | None, *rest: Any) -> Tensor:
     index1, (values2, bias2), index2 = rest[:3], rest[3:5], rest[5:]
-    n_in, hidden, out = _check(x, values1, bias1, index1, values2, bias2, index2)
-    b = values1.shape[1]
-    y = x.new_empty(x.shape[0], out)
-    sizes = x.shape[0], n_in // b, hidden // b, out // b, values1.shape[0], values2.shape[0], b
-    cpu.call("ffn", (x, values1, bias1, *index1, values2, bias2, *index2, y), *sizes)
+    widths = _check(x, values1, bias1, index1, values2, bias2, index2)
+    if not _compiled(x, widths, values1.shape[1], index1, index2):
+        return reference.ffn(x, values1, bias1, index1, values2, bias2, index2)
+    y = x.new_empty(x.shape[0], widths[-1])
+    cpu.call("ffn", (x, values1, bias1, *index1, values2, bias2, *index2, y), *_sizes(x, widths, values1, values2))
     return y
 
 
 def _ffn_backward(g: Tensor, x: Tensor, values1: Tensor, bias1: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     index1, values2, index2, needed = rest[:3], rest[3], rest[4:7], rest[7:]
-    n_in, hidden, out = _check(x, values1, bias1, index1, values2, None, index2)
-    b = values1.shape[1]
-    grads = _empty_gradients(g, x, values1, values2, hidden, needed)
-    sizes = x.shape[0], n_in // b, hidden // b, out // b, values1.shape[0], values2.shape[0], b
+    widths = _check(x, values1, bias1, index1, values2, None, index2)
+    if g.shape != (x.shape[0], widths[-1]) or g.dtype is not x.dtype or g.device != x.device:
+        wanted = f"{[x.shape[0], widths[-1]]} {x.dtype} on {x.device}"
+        raise RegrowError(f"g is {list(g.shape)} {g.dtype} on {g.device}; expected {wanted}")
+    grads = _empty_gradients(g, x, values1, values2, widths[1], needed)
+    if not _compiled(x, widths, values1.shape[1], index1, index2):
+        full = reference.ffn_backward(g, x, values1, bias1, index1, values2, index2)
+        return tuple(grad if need else none for grad, none, need in zip(full, grads, needed, strict=True))
     written = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    cpu.call("ffn_backward", (g, x, values1, bias1, *index1, values2, *index2, *written), *sizes)
+    arrays = (g, x, values1, bias1, *index1, values2, *index2, *written)
+    cpu.call("ffn_backward", arrays, *_sizes(x, widths, values1, values2))
     return grads
 
 

@@ -165,17 +165,20 @@ def _check_in(x: Tensor, b: int) -> None:
         raise RegrowError(f"x is {list(x.shape)}; blocks of {b} need [N, a multiple of {b}]")
 
 
-def _check_contents(index: Sequence[Tensor], n_cols: int) -> None:
-    """What the compiled kernels check themselves, for the reference on a CPU (elsewhere it would wait)."""
+def check_contents(index: Sequence[Tensor], n_cols: int, which: str = "") -> None:
+    """What the compiled kernels check themselves, for the reference on a CPU (elsewhere it would wait).
+
+    ``which`` ends the names of the arrays, where there are several weights.
+    """
     row_ptr, col_idx, slot = index
     if row_ptr.device.type != "cpu":
         return
     n = col_idx.numel()
     if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or bool((row_ptr.diff() < 0).any()):
-        raise RegrowError(f"row_ptr must rise from 0 to the number of blocks, {n}")
+        raise RegrowError(f"row_ptr{which} must rise from 0 to the number of blocks, {n}")
     for name, tensor, top in (("col_idx", col_idx, n_cols), ("slot", slot, n)):
         if n and not 0 <= int(tensor.min()) <= int(tensor.max()) < top:
-            raise RegrowError(f"{name} holds an index outside [0, {top})")
+            raise RegrowError(f"{name}{which} holds an index outside [0, {top})")
 
 
 # ---- forward --------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Ten
     _check_forward(x, values, bias, index)
     if cpu.supports(x, values.shape[1]):
         return cpu.spmm(x, values, bias, index)
-    _check_contents(index, x.shape[1] // values.shape[1])
+    check_contents(index, x.shape[1] // values.shape[1])
     return reference.spmm(x, values, bias, index)
 
 
@@ -209,7 +212,7 @@ def _spmm_t(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
         raise RegrowError(f"in_features is {in_features}; it must be a multiple of the block edge, {b}")
     if cpu.supports(g, b):
         return cpu.spmm_t(g, values, index, in_features)
-    _check_contents(index, in_features // b)
+    check_contents(index, in_features // b)
     return reference.spmm_t(g, values, index, in_features)
 
 
@@ -226,7 +229,7 @@ def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         raise RegrowError("col_idx and slot must have one entry per block")
     if cpu.supports(g, b):
         return cpu.sddmm(g, x, index, b, with_sum)
-    _check_contents(index, x.shape[1] // b)
+    check_contents(index, x.shape[1] // b)
     return reference.sddmm(g, x, index, b), g.sum(0) if with_sum else g.new_empty(0)
 
 
@@ -235,7 +238,7 @@ def _spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tu
     _check_forward(x, values, bias, index)
     if cpu.supports(x, values.shape[1]):
         return cpu.spmm_gelu(x, values, bias, index, with_slope)
-    _check_contents(index, x.shape[1] // values.shape[1])
+    check_contents(index, x.shape[1] // values.shape[1])
     y, slope = reference.gelu_with_slope(reference.spmm(x, values, bias, index))
     return y, slope if with_slope else x.new_empty(0)
 

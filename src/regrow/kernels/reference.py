@@ -56,6 +56,36 @@ def gelu_with_slope(h: Tensor) -> tuple[Tensor, Tensor]:
     return gelu(h), 0.5 * (1 + torch.erf(h / math.sqrt(2))) + h * density
 
 
+def ffn(
+    x: Tensor,
+    values1: Tensor,
+    bias1: Tensor | None,
+    index1: Sequence[Tensor],
+    values2: Tensor,
+    bias2: Tensor | None,
+    index2: Sequence[Tensor],
+) -> Tensor:
+    """``y = gelu(x W1^T + bias1) W2^T + bias2``: ``x [N, in]`` -> ``y [N, out]``."""
+    return spmm(gelu(spmm(x, values1, bias1, index1)), values2, bias2, index2)
+
+
+def ffn_backward(
+    g: Tensor,
+    x: Tensor,
+    values1: Tensor,
+    bias1: Tensor | None,
+    index1: Sequence[Tensor],
+    values2: Tensor,
+    index2: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`ffn` in ``x``, ``values1``, ``bias1``, ``values2`` and ``bias2``, from ``g [N, out]``."""
+    b, hidden = values1.shape[1], (index1[0].numel() - 1) * values1.shape[1]
+    f, slope = gelu_with_slope(spmm(x, values1, bias1, index1))
+    dh = spmm_t(g, values2, index2, hidden) * slope
+    dx, dvalues1 = spmm_t(dh, values1, index1, x.shape[1]), sddmm(dh, x, index1, b)
+    return dx, dvalues1, dh.sum(0), sddmm(g, f, index2, b), g.sum(0)
+
+
 def owners(row_ptr: Tensor) -> Tensor:
     """The block row of each position: ``row_ptr [R+1]`` -> ``[n_blocks]``.
 
