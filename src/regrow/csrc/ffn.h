@@ -8,26 +8,26 @@
 #include "kernels.h"
 #include "table.h"
 
-#include <stdlib.h>
 namespace {
 
-// Floats of the panels of one tile.
-constexpr int64_t kTileFloats = 300 << 10;
-
-INLINE int64_t tunable(const char* name, int64_t other) {
-    const char* v = getenv(name);
-    return v ? atoll(v) : other;
-}
+// A long tile passes over the weights and the sums of their gradients less often; its slabs keep the panels of the hidden
+// blocks, one or two, within a megabyte. Forward there are no such sums. Single elements lose more by short runs in many
+// slabs than by panels that leave the L2 cache.
+template <int B>
+constexpr int64_t kSlabFloats = B == 1 ? 1 << 19 : 1 << 18;
 
 template <int B>
 FfnPlan ffn_plan(int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, bool backward) {
-    constexpr int64_t micro = Shape<B>::kMicroTokens;
+    constexpr int64_t G = Shape<B>::G, micro = Shape<B>::kMicroTokens;
     FfnPlan plan;
-    plan.tile = max64(1, tunable(backward ? "T_BWD" : "T_FWD", 96) / micro) * micro;
-    const int64_t slabs = tunable(backward ? "S_BWD" : "S_FWD", 1);
+    plan.tile = max64(1, (backward ? 192 : 96) / micro) * micro;
+    const int64_t hidden_panels = backward ? 2 : 1;
+    const int64_t floats = hidden_panels * hidden_blocks * B * plan.tile;
+    const int64_t slabs = max64(1, (floats + kSlabFloats<B> - 1) / kSlabFloats<B>);
     plan.slab = max64(1, (hidden_blocks + slabs - 1) / slabs);
-    const int64_t ends = round_up(in_blocks, Shape<B>::G) * (backward ? 2 : 1) + round_up(out_blocks, Shape<B>::G);
-    plan.scratch = panel_stride<B>(plan.tile) * (ends + plan.slab * (backward ? 2 : 1));
+    const int64_t panels = (backward ? 2 : 1) * round_up(in_blocks, G) + round_up(out_blocks, G) +
+                           hidden_panels * plan.slab;
+    plan.scratch = panel_stride<B>(plan.tile) * panels;
     return plan;
 }
 
@@ -128,10 +128,6 @@ void put_tokens(const float* sums, int64_t stride, const float* bias, int64_t bl
             }
         }
     }
-}
-
-INLINE bool streams(const float* y, int64_t tokens, int64_t width) {
-    return tokens * width > kStreamFloats && width % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
 }
 
 template <int B>

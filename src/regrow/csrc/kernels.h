@@ -39,10 +39,12 @@ constexpr int64_t kPanelFloats = 1 << 17;
 // Whether the outputs of a thread are stored around the caches: they are more than a private cache holds, and every
 // vector of them is aligned.
 constexpr int64_t kStreamFloats = 1 << 19;
+INLINE bool streams(const void* y, int64_t tokens, int64_t width) {
+    return tokens * width > kStreamFloats && width % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+}
 INLINE bool streams(const SpmmArgs& a, int64_t tokens) {
     const int64_t width = a.out_blocks * a.block;
-    const uintptr_t places = reinterpret_cast<uintptr_t>(a.y) | reinterpret_cast<uintptr_t>(a.slope);
-    return tokens * width > kStreamFloats && width % 16 == 0 && places % 64 == 0;
+    return streams(a.y, tokens, width) && reinterpret_cast<uintptr_t>(a.slope) % 64 == 0;
 }
 
 template <int B>
@@ -215,7 +217,7 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
 #pragma GCC unroll 2
             for (int k = 0; k < B; ++k, xp += G, wp += PW) {
                 // A small block is over before the hardware has noticed the next one.
-                if constexpr (G > 1) {
+                if constexpr (NV == 1) {
                     constexpr int kLines = (Mm * W / 16 + B - 1) / B;
                     unroll<kLines>([&](auto i) LAMBDA { __builtin_prefetch(next + (k * kLines + i) * 16); });
                 }

@@ -128,7 +128,9 @@ def _check(
 # ---- forward and gradient ---------------------------------------------------------------------------
 
 
-def _compiled(x: Tensor, widths: tuple[int, int, int], b: int, index1: Sequence[Tensor], index2: Sequence[Tensor]) -> bool:
+def _compiled(
+    x: Tensor, widths: tuple[int, int, int], b: int, index1: Sequence[Tensor], index2: Sequence[Tensor]
+) -> bool:
     """Whether the compiled kernels do it; if not, the indices are checked here."""
     n_in, hidden, _out = widths
     if cpu.supports(x, b) and hidden:
@@ -194,9 +196,7 @@ def _gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_values1, need_bias1, _, _, _, need_values2, need_bias2 = ctx.needs_input_grad[:8]
     needed = need_x, need_values1, need_bias1, need_values2, need_bias2
     grads = _FFN_BACKWARD(g, *ctx.saved_tensors, *needed)
-    dx, dvalues1, dbias1, dvalues2, dbias2 = (
-        grad if need else None for grad, need in zip(grads, needed, strict=True)
-    )
+    dx, dvalues1, dbias1, dvalues2, dbias2 = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     return dx, dvalues1, dbias1, None, None, None, dvalues2, dbias2, None, None, None
 
 

@@ -41,9 +41,14 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
     Reference: Vaswani et al. 2017, arXiv 1706.03762, section 3.3; Chen et al. 2016, arXiv 1604.06174, for computing
     activations again.
     """
-    for name, width, features in (("x", x.shape[-1], first.in_features), ("second", second.in_features, first.out_features)):
+    for name, width, features in (
+        ("x", x.shape[-1], first.in_features),
+        ("second", second.in_features, first.out_features),
+    ):
         if width != features:
-            raise RegrowError(f"{name} has {width} input features; first has {first.in_features} -> {first.out_features}")
+            raise RegrowError(
+                f"{name} has {width} input features; first has {first.in_features} -> {first.out_features}"
+            )
     if first.block_size != second.block_size or second.activation is not None or _hooked(first) or _hooked(second):
         hidden = first(x)
         return second(hidden if first.activation == "gelu" else gelu(hidden))
@@ -56,6 +61,4 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
 
 
 def _hooked(layer: BlockSparseLinear) -> bool:
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
