@@ -10,9 +10,9 @@
 
 namespace {
 
-// A long tile passes over the weights and the sums of their gradients less often; its slabs keep the panels of the hidden
-// blocks, one or two, within a megabyte. Forward there are no such sums. Single elements lose more by short runs in many
-// slabs than by panels that leave the L2 cache.
+// A long tile passes over the weights and the sums of their gradients less often; its slabs keep the panels of the
+// hidden blocks, one or two, within a megabyte. Forward there are no such sums. Single elements lose more by short runs
+// in many slabs than by panels that leave the L2 cache.
 template <int B>
 constexpr int64_t kSlabFloats = B == 1 ? 1 << 19 : 1 << 18;
 

@@ -196,7 +196,7 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
             const float* next = panel + idx[left > 1 ? 1 : 0] * stride;
 #pragma GCC unroll 2
             for (int k = 0; k < B; ++k, xp += G, wp += PW) {
-                // A small block is over before the hardware has noticed the next one.
+                // A block this small is over before the hardware has noticed where the next one is.
                 if constexpr (NV == 1) {
                     constexpr int kLines = (Mm * W / 16 + B - 1) / B;
                     unroll<kLines>([&](auto i) LAMBDA { __builtin_prefetch(next + (k * kLines + i) * 16); });

@@ -69,7 +69,7 @@ def ffn(
     >>> index = [torch.tensor(i, dtype=torch.int32) for i in ([0, 1], [0], [0])]
     >>> w1, w2 = torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), torch.tensor([[[1.0, 0.0], [10.0, 100.0]]])
     >>> ffn(torch.tensor([[1.0, 1.0]]), w1, None, *index, w2, None, *index)
-    tensor([[ 0.8413, -7.4522]])
+    tensor([[ 0.8413, -7.4521]])
 
     Reference: Hendrycks and Gimpel 2016, arXiv 1606.08415, for the GELU; Chen et al. 2016, arXiv 1604.06174, for
     computing activations again.
