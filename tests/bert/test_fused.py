@@ -83,6 +83,7 @@ def test_names_and_files_stay() -> None:
     assert list(model("all").state_dict()) == list(model().state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("fusions", ["all", "attention", "norm,ffn"])
 def test_gradient_checkpointing_repeats_the_same_masks(fusions: str) -> None:
     network, inputs = model(fusions, dropout=0.2), batch()
@@ -93,6 +94,7 @@ def test_gradient_checkpointing_repeats_the_same_masks(fusions: str) -> None:
     assert_same(loss_and_gradients(network, inputs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_gradient_checkpointing_keeps_less() -> None:
     network, inputs = model("all", dropout=0.2), batch()
 

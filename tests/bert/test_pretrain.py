@@ -73,7 +73,7 @@ def config(corpus: Path, output: Path, **changes: object) -> PretrainConfig:
 
 def metrics_without_clock(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_wait")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,24 @@ def test_an_interrupted_run_resumes_to_bitwise_the_same_end(
     assert metrics_without_clock(resumed.path) == metrics_without_clock(finished.path)
     assert (resumed.path / "topology.jsonl").read_text() == (finished.path / "topology.jsonl").read_text()
     assert resumed.after == {**finished.after}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
+@pytest.mark.parametrize("change", [{"workers": 2}, {"gradient_checkpointing": True}], ids=str)
+def test_what_costs_no_result_changes_none(
+    corpus: Path, finished: PretrainResult, tmp_path: Path, change: dict
+) -> None:
+    result = pretrain(config(corpus, tmp_path / "run", **change), create("dynsparse"))
+    assert metrics_without_clock(result.path) == metrics_without_clock(finished.path)
+
+
+def test_losses_agree_without_the_fused_operations(corpus: Path, tmp_path: Path) -> None:
+    """At the same learning rate, without dropout, whose masks differ."""
+    curves = []
+    for fused in ("all", "none"):
+        result = pretrain(config(corpus, tmp_path / fused, fuse=fused, dropout=0.0), create("dynsparse"))
+        curves.append([line["mlm_loss"] for line in metrics_without_clock(result.path) if "mlm_loss" in line])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-3)
 
 
 @pytest.mark.parametrize(

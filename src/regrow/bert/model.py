@@ -66,13 +66,15 @@ class BertForPreTraining(transformers.BertForPreTraining):
         head = self.cls.predictions
         fused_loss = fusions.loss and self.training
         tied = fused_loss and head.decoder.weight is self.get_input_embeddings().weight
-        shared = {"shared": SharedGradient()} if tied else {}
-        hidden, pooled = self.bert(input_ids, **inputs, **shared)[:2]
+        shared = SharedGradient() if tied else None
+        hidden, pooled = self.bert(input_ids, **inputs, **({"shared": shared} if tied else {}))[:2]
         rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         predicted, targets = hidden.flatten(0, 1).index_select(0, rows), labels.flatten().index_select(0, rows)
         if fused_loss:
             logits, decoder = None, head.decoder
-            mlm_loss = linear_cross_entropy(head.transform(predicted), decoder.weight, decoder.bias, targets, **shared)
+            mlm_loss = linear_cross_entropy(
+                head.transform(predicted), decoder.weight, decoder.bias, targets, shared=shared
+            )
         else:
             logits = head(predicted)
             mlm_loss = _mean_cross_entropy(logits, targets)

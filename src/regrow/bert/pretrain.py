@@ -324,7 +324,11 @@ def _topology(config: PretrainConfig, method: Method, run: RunDirectory) -> Regr
 
 
 def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
+    checkpointing: dict[str, Any] = {}
+    if config.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
+        **checkpointing,
         output_dir=str(run.checkpoints),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -332,8 +336,6 @@ def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
         lr_scheduler_type="linear",
         warmup_steps=round(config.warmup * config.steps),
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="sequential",  # the shuffling is inside the data set
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,
