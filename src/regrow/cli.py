@@ -162,7 +162,7 @@ def _bench_kernels(argv: Sequence[str]) -> int:
 
 
 def _bench_step(argv: Sequence[str]) -> int:
-    from regrow.bert.bench import StepConfig, bench_step, table, write_json
+    from regrow.bert.bench import StepConfig, bench_step, plot, table, write_json
 
     config = StepConfig()
     parser = _OneLineParser(
@@ -184,12 +184,16 @@ def _bench_step(argv: Sequence[str]) -> int:
     parser.add_argument("--fuse", default=config.fuse, help="operations fused in the sparse model: all, none, or some")
     parser.add_argument("--encoder-only", action="store_true", help="the encoder's layers alone")
     parser.add_argument("--rounds", type=int, default=config.rounds, help="medians are taken over so many rounds")
+    parser.add_argument("--ablate", action="store_true", help="also the sparse step with each fused operation off")
     parser.add_argument("--quick", action="store_true", help="three rounds: under a minute for small")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result and the machine to a file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as .png or .svg (needs regrow[plot])")
     asked = vars(parser.parse_args(argv))
-    quick, path = asked.pop("quick"), asked.pop("json")
-    result = bench_step(StepConfig(**asked | ({"rounds": 3} if quick else {})), progress=True)
+    ablate, quick, path, picture = (asked.pop(name) for name in ("ablate", "quick", "json", "plot"))
+    result = bench_step(StepConfig(**asked | ({"rounds": 3} if quick else {})), ablate=ablate, progress=True)
     print(table(result))
+    if picture is not None:
+        plot(result, picture)
     if path is not None:
         write_json(result, path)
     return 0

@@ -40,6 +40,15 @@ def test_encoder_alone_has_no_head_and_no_optimizer() -> None:
     assert whole["memory"]["dense"]["state"] < result["memory"]["dense"]["state"] * 2
 
 
+def test_each_fusion_is_measured_off_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'plot'")
+    path, picture = tmp_path / "step.json", tmp_path / "step.png"
+    flags = ["--fuse", "norm,loss", "--block-size", "8", "--ablate", "--json", str(path), "--plot", str(picture)]
+    assert main(["bench", "step", *TINY, *flags]) == 0
+    assert set(json.loads(path.read_text())["without"]) == {"norm", "loss", "all"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

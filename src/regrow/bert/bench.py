@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from regrow.optim import AdamW
 from regrow.topology.distribution import check_density
 
 DENSE, FUSED, SPARSE = "dense", "dense_fused", "sparse"
+_TITLES = {DENSE: "dense", FUSED: "dense, fused", SPARSE: "sparse"}
 
 _WARM_UP = 6
 """Until then the heap still grows, above all the dense steps: fresh pages would be measured."""
@@ -82,15 +83,18 @@ class StepConfig:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def bench_step(config: StepConfig, *, progress: bool = False) -> dict[str, Any]:
+def bench_step(config: StepConfig, *, ablate: bool = False, progress: bool = False) -> dict[str, Any]:
     """Measure a training step, dense and sparse.
+
+    Args:
+        ablate: also measure the sparse step with each fused operation switched off alone, and with all of them off.
 
     Returns:
         ``dense_seconds``, ``sparse_seconds``, ``dense_fused_seconds`` (medians), ``speedup`` (dense over sparse),
         ``parts`` (seconds of each part of a step by model, from a profile of a few steps), ``tokens_per_second``,
         ``memory`` (bytes by model: ``state`` is weights, gradients, optimizer and indices; ``activations`` what
         autograd keeps from the forward for the backward pass; ``peak`` the most at any time), ``config``,
-        ``baseline``, ``machine``.
+        ``baseline``, ``machine``; with ``ablate``, ``without`` (seconds of the sparse step by what is off).
 
     Raises:
         RegrowError: a value that no model can have.
@@ -102,8 +106,16 @@ def bench_step(config: StepConfig, *, progress: bool = False) -> dict[str, Any]:
     """
     config.check()
     steps = {name: _Step(config, name) for name in (DENSE, FUSED, SPARSE)}
+    without: dict[str, _Step] = {}
+    if ablate:
+        fused = Fusions.named(config.fuse)
+        on = [field.name for field in fields(Fusions) if getattr(fused, field.name)]
+        rest = {name: ",".join(other for other in on if other != name) or "none" for name in on} | {"all": "none"}
+        without = {name: _Step(replace(config, fuse=fuse), SPARSE) for name, fuse in rest.items()}
     watch = (lambda rounds: tqdm(rounds, "measuring", unit="round", leave=False)) if progress else iter
-    seconds = interleaved_medians(steps, rounds=config.rounds, warm_up=_WARM_UP, progress=watch)
+    tasks = steps | {f"without {name}": step for name, step in without.items()}
+    medians = interleaved_medians(tasks, rounds=config.rounds, warm_up=_WARM_UP, progress=watch)
+    seconds = {name: medians[name] for name in steps}
     profiles = {name: _profile(step, config) for name, step in steps.items()}
     return {
         "dense_seconds": seconds[DENSE],
@@ -120,6 +132,7 @@ def bench_step(config: StepConfig, *, progress: bool = False) -> dict[str, Any]:
         "config": asdict(config),
         "baseline": " ".join((__doc__ or "").partition("\n\n")[2].split()),
         "machine": describe_machine(),
+        **({"without": {name: medians[f"without {name}"] for name in without}} if ablate else {}),
     }
 
 
@@ -248,25 +261,59 @@ def _highest(profiler: Any) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    names = {DENSE: "dense", FUSED: "dense, fused", SPARSE: "sparse"}
     parts, memory = result["parts"], result["memory"]
 
     def line(title: str, values: Iterable[str]) -> str:
         return f"{title:24}" + "".join(f"{value:>14}" for value in values)
 
-    rows = [line("milliseconds a step", names.values())]
-    for part in dict.fromkeys(part for name in names for part in parts[name]):
-        rows += [line("  " + part, (f"{parts[name].get(part, 0) * 1e3:.1f}" for name in names))]
-    rows.append(line("step (median)", (f"{result[f'{name}_seconds'] * 1e3:.1f}" for name in names)))
-    rows.append(line("tokens a second", (f"{result['tokens_per_second'][name]:,.0f}" for name in names)))
+    rows = [line("milliseconds a step", _TITLES.values())]
+    for part in _all_parts(result):
+        rows += [line("  " + part, (f"{parts[name].get(part, 0) * 1e3:.1f}" for name in _TITLES))]
+    rows.append(line("step (median)", (f"{result[f'{name}_seconds'] * 1e3:.1f}" for name in _TITLES)))
+    rows.append(line("tokens a second", (f"{result['tokens_per_second'][name]:,.0f}" for name in _TITLES)))
     for kind in ("state", "activations", "peak"):
-        rows += [line(f"{kind}, MB", (f"{memory[name][kind] / 1e6:,.0f}" for name in names))]
+        rows += [line(f"{kind}, MB", (f"{memory[name][kind] / 1e6:,.0f}" for name in _TITLES))]
     rows.append("")
     rows.append(
         f"dense over sparse {result['speedup']:.2f}x; dense over dense fused "
         f"{result['dense_seconds'] / result['dense_fused_seconds']:.2f}x"
     )
+    for name, seconds in result.get("without", {}).items():
+        more, speedup = seconds - result["sparse_seconds"], result["dense_seconds"] / seconds
+        rows.append(
+            f"sparse without {name:10} {seconds * 1e3:8.1f} ms ({more * 1e3:+.1f}), dense over it {speedup:.2f}x"
+        )
     return "\n".join(rows)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """The parts of a step as one bar for each model, to a .png or .svg.
+
+    Raises:
+        RegrowError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RegrowError("pictures need matplotlib: pip install 'regrow[plot]'") from None
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    left = dict.fromkeys(_TITLES, 0.0)
+    for part in _all_parts(result):
+        widths = {name: result["parts"][name].get(part, 0.0) * 1e3 for name in _TITLES}
+        axes.barh(list(_TITLES.values()), list(widths.values()), left=list(left.values()), label=part)
+        left = {name: left[name] + widths[name] for name in _TITLES}
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds of a training step (profiled)")
+    axes.set_title(
+        f"{result['config']['size']}, density {result['density']:.2g}, block {result['config']['block_size']}"
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _all_parts(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(part for name in _TITLES for part in result["parts"][name]))
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
