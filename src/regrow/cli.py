@@ -184,13 +184,15 @@ def _bench_step(argv: Sequence[str]) -> int:
     parser.add_argument("--fuse", default=config.fuse, help="operations fused in the sparse model: all, none, or some")
     parser.add_argument("--encoder-only", action="store_true", help="the encoder's layers alone")
     parser.add_argument("--rounds", type=int, default=config.rounds, help="medians are taken over so many rounds")
+    parser.add_argument("--blocks", type=_list_of(int), default=[], help="other block sizes to time, as 4,1")
     parser.add_argument("--ablate", action="store_true", help="also the sparse step with each fused operation off")
     parser.add_argument("--quick", action="store_true", help="three rounds: under a minute for small")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result and the machine to a file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as .png or .svg (needs regrow[plot])")
     asked = vars(parser.parse_args(argv))
-    ablate, quick, path, picture = (asked.pop(name) for name in ("ablate", "quick", "json", "plot"))
-    result = bench_step(StepConfig(**asked | ({"rounds": 3} if quick else {})), ablate=ablate, progress=True)
+    extras = {name: asked.pop(name) for name in ("blocks", "ablate")}
+    quick, path, picture = (asked.pop(name) for name in ("quick", "json", "plot"))
+    result = bench_step(StepConfig(**asked | ({"rounds": 3} if quick else {})), **extras, progress=True)
     print(table(result))
     if picture is not None:
         plot(result, picture)

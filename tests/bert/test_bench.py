@@ -43,9 +43,22 @@ def test_encoder_alone_has_no_head_and_no_optimizer() -> None:
 def test_each_fusion_is_measured_off_and_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra 'plot'")
     path, picture = tmp_path / "step.json", tmp_path / "step.png"
-    flags = ["--fuse", "norm,loss", "--block-size", "8", "--ablate", "--json", str(path), "--plot", str(picture)]
-    assert main(["bench", "step", *TINY, *flags]) == 0
-    assert set(json.loads(path.read_text())["without"]) == {"norm", "loss", "all"}
+    flags = [
+        "--fuse",
+        "norm,loss",
+        "--block-size",
+        "8",
+        "--blocks",
+        "4,16",
+        "--ablate",
+        "--json",
+        str(path),
+        "--plot",
+        str(picture),
+    ]
+    assert main(["bench", "step", *TINY, *flags, "--json", str(path), "--plot", str(picture)]) == 0
+    result = json.loads(path.read_text())
+    assert set(result["without"]) == {"norm", "loss", "all"} and set(result["by_block"]) == {"4", "16"}
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

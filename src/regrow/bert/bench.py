@@ -9,7 +9,7 @@ beside it, to tell what sparsity gives from what fusing gives. All take turns in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,13 @@ class StepConfig:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def bench_step(config: StepConfig, *, ablate: bool = False, progress: bool = False) -> dict[str, Any]:
+def bench_step(
+    config: StepConfig, *, blocks: Sequence[int] = (), ablate: bool = False, progress: bool = False
+) -> dict[str, Any]:
     """Measure a training step, dense and sparse.
 
     Args:
+        blocks: other block sizes, whose sparse step is timed too.
         ablate: also measure the sparse step with each fused operation switched off alone, and with all of them off.
 
     Returns:
@@ -94,7 +97,8 @@ def bench_step(config: StepConfig, *, ablate: bool = False, progress: bool = Fal
         ``parts`` (seconds of each part of a step by model, from a profile of a few steps), ``tokens_per_second``,
         ``memory`` (bytes by model: ``state`` is weights, gradients, optimizer and indices; ``activations`` what
         autograd keeps from the forward for the backward pass; ``peak`` the most at any time), ``config``,
-        ``baseline``, ``machine``; with ``ablate``, ``without`` (seconds of the sparse step by what is off).
+        ``baseline``, ``machine``; with ``ablate``, ``without`` (seconds of the sparse step by what is off);
+        with ``blocks``, ``by_block`` (seconds of the sparse step by block size).
 
     Raises:
         RegrowError: a value that no model can have.
@@ -106,14 +110,16 @@ def bench_step(config: StepConfig, *, ablate: bool = False, progress: bool = Fal
     """
     config.check()
     steps = {name: _Step(config, name) for name in (DENSE, FUSED, SPARSE)}
-    without: dict[str, _Step] = {}
+    variants = {str(b): replace(config, block_size=b) for b in blocks}
     if ablate:
         fused = Fusions.named(config.fuse)
         on = [field.name for field in fields(Fusions) if getattr(fused, field.name)]
         rest = {name: ",".join(other for other in on if other != name) or "none" for name in on} | {"all": "none"}
-        without = {name: _Step(replace(config, fuse=fuse), SPARSE) for name, fuse in rest.items()}
+        variants |= {name: replace(config, fuse=fuse) for name, fuse in rest.items()}
+    for variant in variants.values():
+        variant.check()
+    tasks = steps | {name: _Step(variant, SPARSE) for name, variant in variants.items()}
     watch = (lambda rounds: tqdm(rounds, "measuring", unit="round", leave=False)) if progress else iter
-    tasks = steps | {f"without {name}": step for name, step in without.items()}
     medians = interleaved_medians(tasks, rounds=config.rounds, warm_up=_WARM_UP, progress=watch)
     seconds = {name: medians[name] for name in steps}
     profiles = {name: _profile(step, config) for name, step in steps.items()}
@@ -132,7 +138,8 @@ def bench_step(config: StepConfig, *, ablate: bool = False, progress: bool = Fal
         "config": asdict(config),
         "baseline": " ".join((__doc__ or "").partition("\n\n")[2].split()),
         "machine": describe_machine(),
-        **({"without": {name: medians[f"without {name}"] for name in without}} if ablate else {}),
+        **({"by_block": {str(b): medians[str(b)] for b in blocks}} if blocks else {}),
+        **({"without": {name: medians[name] for name in rest}} if ablate else {}),
     }
 
 
@@ -278,6 +285,10 @@ def table(result: dict[str, Any]) -> str:
         f"dense over sparse {result['speedup']:.2f}x; dense over dense fused "
         f"{result['dense_seconds'] / result['dense_fused_seconds']:.2f}x"
     )
+    for b, seconds in result.get("by_block", {}).items():
+        rows.append(
+            f"sparse at block {b:14} {seconds * 1e3:8.1f} ms, dense over it {result['dense_seconds'] / seconds:.2f}x"
+        )
     for name, seconds in result.get("without", {}).items():
         more, speedup = seconds - result["sparse_seconds"], result["dense_seconds"] / seconds
         rows.append(
