@@ -24,6 +24,7 @@ from regrow.topology import layer_densities
 from regrow.topology.distribution import Distribution
 
 _SIDE_BY_SIDE = Role(ENCODER, beside=True)
+_NEXT_SENTENCE = Role("next-sentence head", "sequences", reads=hf.BertPooler)
 _TASK = "task head"
 _ROLES: dict[tuple[type, str], Role] = {
     (hf.BertSelfAttention, "query"): _SIDE_BY_SIDE,
@@ -32,15 +33,15 @@ _ROLES: dict[tuple[type, str], Role] = {
     (hf.BertSelfOutput, "dense"): Role(ENCODER),
     (hf.BertIntermediate, "dense"): Role(ENCODER),
     (hf.BertOutput, "dense"): Role(ENCODER),
-    (hf.BertPooler, "dense"): Role("pooler", "sequences"),
-    (hf.BertPredictionHeadTransform, "dense"): Role("head transform", "predicted"),
-    (hf.BertLMPredictionHead, "decoder"): Role("vocabulary head", "predicted"),
-    (hf.BertPreTrainingHeads, "seq_relationship"): Role("next-sentence head", "sequences", beside=True),
-    (hf.BertOnlyNSPHead, "seq_relationship"): Role("next-sentence head", "sequences"),
-    (hf.BertForSequenceClassification, "classifier"): Role(_TASK, "sequences"),
-    (hf.BertForMultipleChoice, "classifier"): Role(_TASK, "sequences"),
-    (hf.BertForTokenClassification, "classifier"): Role(_TASK),
-    (hf.BertForQuestionAnswering, "qa_outputs"): Role(_TASK),
+    (hf.BertPooler, "dense"): Role("pooler", "sequences", reads=hf.BertEncoder),
+    (hf.BertPredictionHeadTransform, "dense"): Role("head transform", "predicted", reads=hf.BertEncoder),
+    (hf.BertLMPredictionHead, "decoder"): Role("vocabulary head", "predicted", reads=hf.BertPredictionHeadTransform),
+    (hf.BertPreTrainingHeads, "seq_relationship"): _NEXT_SENTENCE,
+    (hf.BertOnlyNSPHead, "seq_relationship"): _NEXT_SENTENCE,
+    (hf.BertForSequenceClassification, "classifier"): Role(_TASK, "sequences", reads=hf.BertPooler),
+    (hf.BertForMultipleChoice, "classifier"): Role(_TASK, "sequences", reads=hf.BertPooler),
+    (hf.BertForTokenClassification, "classifier"): Role(_TASK, reads=hf.BertEncoder),
+    (hf.BertForQuestionAnswering, "qa_outputs"): Role(_TASK, reads=hf.BertEncoder),
 }
 
 

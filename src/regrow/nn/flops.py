@@ -198,7 +198,8 @@ def _costs(
             globs = [glob for glob in given if fnmatchcase(name, glob)]
             unused -= set(globs[:1])
             rows = batch_size * (given[globs[0]] if globs else per_sequence[role.rows])
-            yield module, _layer(name, module, role, rows, trained, every_gradient)
+            with_input = every_gradient or trained.reaches(name, role)
+            yield module, _layer(name, module, role, rows, with_input, every_gradient)
     if unused:
         raise RegrowError(f"rows[{min(unused)!r}] matches no layer that an earlier glob has not taken")
 
@@ -214,24 +215,22 @@ def _inside_out(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[
 
 
 def _layer(
-    name: str, module: nn.Linear | BlockSparseLinear, role: Role, rows: int, trained: _Trained, every_gradient: bool
+    name: str, module: nn.Linear | BlockSparseLinear, role: Role, rows: int, with_input: bool, every_gradient: bool
 ) -> LayerFlops:
     weight = module.values if isinstance(module, BlockSparseLinear) else module.weight
     flops = 2 * rows * weight.numel()
-    with_input = every_gradient or trained.before(name.rpartition(".")[0] if role.beside else name)
-    with_weight = every_gradient or weight.requires_grad
-    dense = module.in_features * module.out_features
-    counted = Flops(flops, flops * with_input, flops * with_weight)
-    return LayerFlops(name, role.part, rows, weight.numel(), dense, counted)
+    counted = Flops(flops, flops * with_input, flops * (every_gradient or weight.requires_grad))
+    return LayerFlops(name, role.part, rows, weight.numel(), module.in_features * module.out_features, counted)
 
 
 class _Trained:
-    """Whether anything is trained before a module, or up to its end, in the order of registration."""
+    """Whether a gradient has to go through a place, by the order in which parameters are registered."""
 
     def __init__(self, model: nn.Module) -> None:
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
         self.earliest: int | None = None
+        self.modules = list(model.named_modules())
         for position, (path, parameter) in enumerate(model.named_parameters(remove_duplicate=False)):
             if parameter.requires_grad and self.earliest is None:
                 self.earliest = position
@@ -240,8 +239,16 @@ class _Trained:
                 self.first.setdefault(path, position)
                 self.last[path] = position
 
-    def before(self, name: str) -> bool:
-        return self.earliest is not None and self.earliest < self.first[name]
+    def reaches(self, name: str, role: Role) -> bool:
+        """Whether what a layer reads depends on anything that is trained."""
+        if role.reads is not None:
+            place = self.last[name]
+            sources = (path for path, module in self.modules if isinstance(module, role.reads))
+            read = [path for path in sources if path in self.last and self.last[path] < place]
+            if read:
+                return self.up_to(read[-1])
+        start = self.first[name.rpartition(".")[0] if role.beside else name]
+        return self.earliest is not None and self.earliest < start
 
     def up_to(self, name: str) -> bool:
         return self.earliest is not None and self.earliest <= self.last[name]

@@ -25,11 +25,13 @@ class Role:
         part: of the model it is counted under.
         rows: what goes through it: every token, one vector a sequence, or the positions that are predicted.
         beside: it reads what its siblings registered before it read, not what they made of it.
+        reads: the type of module whose results it reads, where that is not all that is registered before it.
     """
 
     part: str
     rows: Rows = "tokens"
     beside: bool = False
+    reads: type | None = None
 
 
 @dataclass(frozen=True)

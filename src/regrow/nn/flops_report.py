@@ -190,11 +190,11 @@ class FlopsReport:
 
     def _row(self, title: str, flops: Flops, unit: float) -> str:
         numbers = [flops.forward, flops.input_gradient, flops.weight_gradient, flops.total]
-        return _line(title, [*(f"{number / unit:.4g}" for number in numbers), self._share(flops.total)])
+        return _line(title, [*(_number(number / unit) for number in numbers), self._share(flops.total)])
 
     def _total(self, title: str, number: float, unit: float) -> str:
         share = self._share(number) if title != "a sequence" else ""
-        return _line(title, ["", "", "", f"{number / unit:.4g}", share])
+        return _line(title, ["", "", "", _number(number / unit), share])
 
     def _share(self, number: float) -> str:
         return f"{number / self.per_step:.1%}" if self.per_step else ""
@@ -202,6 +202,10 @@ class FlopsReport:
 
 def _as_dict(flops: Flops) -> dict[str, int]:
     return asdict(flops) | {"total": flops.total}
+
+
+def _number(value: float) -> str:
+    return f"{value:#.4g}" if value else "0"
 
 
 def _line(title: str, columns: Sequence[str]) -> str:
