@@ -173,6 +173,15 @@ def test_a_model_inside_a_model() -> None:
     assert (report.products.forward, report.products.total) == expected
 
 
+def test_a_layer_may_be_several() -> None:
+    network = model()
+    query = network.bert.encoder.layer[0].attention.self.query
+    network.bert.encoder.layer[0].attention.self.query = nn.Sequential(query, nn.Linear(32, 32))
+    report = count(network, predicted=PREDICTED)
+    assert (report.products.forward, report.products.total) == torchs_count(network, batch())
+    assert "layers" not in report.parts
+
+
 def product(x: Any, values: Any, *others: Any, **named: Any) -> int:
     return 2 * x[0] * values[0] * values[1] ** 2
 

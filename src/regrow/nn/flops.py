@@ -184,7 +184,6 @@ def _costs(
     trained = _Trained(model)
     unused = set(given)
     for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
         width = attention_width(module)
         if width is not None:
             flops = 4 * batch_size * per_sequence["tokens"] ** 2 * width
@@ -194,11 +193,11 @@ def _costs(
         elif isinstance(module, nn.Embedding):
             yield module, LayerFlops(name, EMBEDDINGS, batch_size * per_sequence["tokens"], 0, 0, Flops())
         elif isinstance(module, nn.Linear | BlockSparseLinear):
-            role = role_of(modules[parent] if name else None, child)
+            place, role = role_of(modules, name)
             globs = [glob for glob in given if fnmatchcase(name, glob)]
             unused -= set(globs[:1])
             rows = batch_size * (given[globs[0]] if globs else per_sequence[role.rows])
-            with_input = every_gradient or trained.reaches(name, role)
+            with_input = every_gradient or trained.reaches(place, role)
             yield module, _layer(name, module, role, rows, with_input, every_gradient)
     if unused:
         raise RegrowError(f"rows[{min(unused)!r}] matches no layer that an earlier glob has not taken")

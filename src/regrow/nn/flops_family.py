@@ -61,13 +61,17 @@ def register_family(family: Family) -> None:
     _FAMILIES.append(family)
 
 
-def role_of(parent: nn.Module | None, child: str) -> Role:
-    """What a layer is, by its place; a layer of its own if no family knows."""
-    for family in _FAMILIES:
-        for (kind, name), role in family.roles.items():
-            if name == child and isinstance(parent, kind):
-                return role
-    return Role(OTHER)
+def role_of(modules: Mapping[str, nn.Module], name: str) -> tuple[str, Role]:
+    """What a layer is by its place, and that place; a module that stands for a layer may have several inside."""
+    place = name
+    while place:
+        parent, _, child = place.rpartition(".")
+        for family in _FAMILIES:
+            for (kind, known), role in family.roles.items():
+                if known == child and isinstance(modules[parent], kind):
+                    return place, role
+        place = parent
+    return name, Role(OTHER)
 
 
 def attention_width(module: nn.Module) -> int | None:

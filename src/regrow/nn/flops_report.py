@@ -209,4 +209,4 @@ def _number(value: float) -> str:
 
 
 def _line(title: str, columns: Sequence[str]) -> str:
-    return f"{title:{_TITLE}}" + "".join(f"{column:>{_COLUMN}}" for column in columns)
+    return (f"{title:{_TITLE}}" + "".join(f"{column:>{_COLUMN}}" for column in columns)).rstrip()
