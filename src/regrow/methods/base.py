@@ -18,23 +18,10 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.methods.signals import Signals
+from regrow.nn.flops import LayerSize
 from regrow.topology import BlockTopology, TopologyUpdate
 
 ENTRY_POINT_GROUP = "regrow.methods"
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSize:
-    """A layer in numbers, to count what an update costs."""
-
-    in_features: int
-    out_features: int
-    block_size: int
-    n_blocks: int
-
-    def dense_gradient_flops(self, tokens: int) -> int:
-        """Of the gradient of the full weight."""
-        return 2 * tokens * self.in_features * self.out_features
 
 
 class Method(ABC):
