@@ -40,6 +40,7 @@ _WARM_UP = 6
 
 _CLIP, _OPTIMIZER = "clip", "Optimizer.step"
 _PARTS = (  # the first that one of an operation's name's beginnings belongs to
+    ("attention half, fused", ("sparse_attention",)),
     ("attention", ("scaled_dot_product", "_scaled_dot_product", "_softmax", "bmm", "attention")),
     ("feed-forward, fused", ("ffn",)),
     ("sparse products", ("spmm", "sddmm")),

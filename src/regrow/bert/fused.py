@@ -24,6 +24,7 @@ from regrow.nn.attention import attention
 from regrow.nn.ffn import sparse_ffn
 from regrow.nn.merged import merged_linear
 from regrow.nn.norm import dropout, dropout_add_norm
+from regrow.nn.sparse_attention import sparse_attention
 from regrow.nn.tied import SharedGradient, tied_embedding
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -204,17 +205,18 @@ class FusedBertLayer(BertLayer):
 
 def _attend(layer: BertLayer, x: Tensor, tokens: Tokens, fusions: Fusions) -> Tensor:
     part = layer.attention.self
-    layers = part.query, part.key, part.value
-    if fusions.qkv and all(isinstance(layer, BlockSparseLinear) for layer in layers):
-        qkv = merged_linear(layers, x)
-    else:
-        qkv = torch.cat([layer(x) for layer in layers], -1)
+    layers, output = (part.query, part.key, part.value), layer.attention.output.dense
     heads, p = part.num_attention_heads, part.dropout.p
-    if fusions.attention and tokens.mask is None:
+    packed = fusions.attention and tokens.mask is None
+    merge = fusions.qkv and all(isinstance(layer, BlockSparseLinear) for layer in layers)
+    if packed and merge and isinstance(output, BlockSparseLinear):
+        return sparse_attention(*layers, output, x, tokens.offsets, heads, p=p, training=layer.training)
+    qkv = merged_linear(layers, x) if merge else torch.cat([layer(x) for layer in layers], -1)
+    if packed:
         y = attention(qkv, tokens.offsets, heads, p=p, training=layer.training)
     else:
         y = _padded_attention(qkv, tokens, heads, p if layer.training else 0.0)
-    return layer.attention.output.dense(y)
+    return output(y)
 
 
 def _feed_forward(layer: BertLayer, x: Tensor, fusions: Fusions) -> Tensor:

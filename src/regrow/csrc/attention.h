@@ -94,6 +94,51 @@ INLINE float dot(const float* x, const float* y, int64_t n) {
     return fold(sum, plus)[0];
 }
 
+// What a block of at most kQueries rows needs of its head: rows are shape.width apart, the transposed ones in panels.
+struct HeadOperands {
+    const float *q, *g;                // of the block
+    const float *keys_t, *values_t, *keys;  // of the whole sequence; keys_t has the factor of the scores
+};
+struct HeadGradients {
+    float *dq, *dk, *dv;  // dq of the block, the others of the whole sequence; of dq and dk the factor is missing
+};
+
+// The block's log-sum-exp, its output before the division by `sum`, and that.
+template <bool Drop>
+INLINE void attend_block(const AttentionShape& a, const Dropout& d, uint64_t mask_row, int64_t rows, int64_t n,
+                         const float* q, const float* keys_t, const float* values, float* s, float* o, float* lse,
+                         float* sum, Soon& next) {
+    const int64_t width = a.width, score_row = a.score_row;
+    gemm({q, width, 1}, transposed(a, keys_t), rows, round_up(n, W), a.dim, false, s, score_row, next);
+    float top[kQueries];
+    constexpr int kTogether = Drop ? 1 : 4;
+    const auto softmax = [&](auto together, int64_t r) LAMBDA {
+        constexpr int R = together;
+        exponentials<Drop, R>(d, mask_row + r, s + r * score_row, score_row, n, top + r, sum + r);
+    };
+    int64_t r = 0;
+    for (; r + kTogether <= rows; r += kTogether) softmax(Int<kTogether>{}, r);
+    for (; r < rows; ++r) softmax(Int<1>{}, r);
+    gemm({s, score_row, 1}, by_rows(values, width), rows, width, n, false, o, width, next);
+    for (r = 0; r < rows; ++r) lse[r] = top[r] + __builtin_logf(sum[r]);
+}
+
+// The block's share of the gradient. `mean` are the rows' sums of g times the output; dk and dv are added to or not.
+template <bool Drop>
+INLINE void gradient_block(const AttentionShape& a, const Dropout& d, uint64_t mask_row, int64_t rows, int64_t n,
+                           const HeadOperands& in, const float* lse, const float* mean, float* s, float* dp, bool add,
+                           const HeadGradients& out, Soon& next) {
+    const int64_t width = a.width, score_row = a.score_row, keys = round_up(n, W);
+    gemm({in.q, width, 1}, transposed(a, in.keys_t), rows, keys, a.dim, false, s, score_row, next);
+    gemm({in.g, width, 1}, transposed(a, in.values_t), rows, keys, a.dim, false, dp, score_row, next);
+    for (int64_t r = 0; r < rows; ++r) {
+        softmax_gradient<Drop>(d, mask_row + r, s + r * score_row, dp + r * score_row, n, lse[r], mean[r]);
+    }
+    gemm({s, 1, score_row}, by_rows(in.g, width), n, width, rows, add, out.dv, width, next);
+    gemm({dp, 1, score_row}, by_rows(in.q, width), n, width, rows, add, out.dk, width, next);
+    gemm({dp, score_row, 1}, by_rows(in.keys, width), rows, width, n, false, out.dq, width, next);
+}
+
 // One head of one sequence: where its numbers are.
 struct AttentionPair {
     int64_t first, length;  // its tokens
@@ -128,7 +173,6 @@ void attention_forward(const AttentionArgs& a, int64_t i0, int64_t i1, float* sc
     Pieces pieces{scratch};
     float *keys = pieces.take(shape.panels()), *values = pieces.take(shape.rows());
     float *q = pieces.take(shape.queries()), *o = pieces.take(shape.queries()), *s = pieces.take(shape.scores());
-    const int64_t width = shape.width, score_row = shape.score_row;
     for (int64_t i = i0; i < i1; ++i) {
         const AttentionPair pair(a, i);
         Soon next = AttentionPair(a, min64(i + 1, i1 - 1)).soon(a, false);
@@ -139,22 +183,12 @@ void attention_forward(const AttentionArgs& a, int64_t i0, int64_t i1, float* sc
         for (int64_t r0 = 0; r0 < n; r0 += kQueries) {
             const int64_t rows = min64(kQueries, n - r0);
             copy_rows(shape, in + r0 * pair.row, pair.row, rows, q);
-            gemm({q, width, 1}, transposed(shape, keys), rows, round_up(n, W), a.dim, false, s, score_row, next);
-            float top[kQueries], sum[kQueries];
-            constexpr int kTogether = Drop ? 1 : 4;
-            const auto softmax = [&](auto together, int64_t r) LAMBDA {
-                constexpr int R = together;
-                const uint64_t row = pair.mask_row + r0 + r;
-                exponentials<Drop, R>(d, row, s + r * score_row, score_row, n, top + r, sum + r);
-            };
-            int64_t r = 0;
-            for (; r + kTogether <= rows; r += kTogether) softmax(Int<kTogether>{}, r);
-            for (; r < rows; ++r) softmax(Int<1>{}, r);
-            gemm({s, score_row, 1}, by_rows(values, width), rows, width, n, false, o, width, next);
-            float *to = a.out + pair.out + r0 * hidden, *lse = a.lse + pair.lse + r0;
-            for (r = 0; r < rows; ++r) {
-                lse[r] = top[r] + __builtin_logf(sum[r]);
-                write_rows(shape, o + r * width, 1, 1 / sum[r], to + r * hidden, hidden);
+            float sum[kQueries];
+            attend_block<Drop>(shape, d, pair.mask_row + r0, rows, n, q, keys, values, s, o, a.lse + pair.lse + r0, sum,
+                               next);
+            float* to = a.out + pair.out + r0 * hidden;
+            for (int64_t r = 0; r < rows; ++r) {
+                write_rows(shape, o + r * shape.width, 1, 1 / sum[r], to + r * hidden, hidden);
             }
         }
     }
@@ -170,7 +204,6 @@ void attention_gradient(const AttentionArgs& a, int64_t i0, int64_t i1, float* s
     float *keys = pieces.take(shape.rows()), *dk = pieces.take(shape.rows()), *dv = pieces.take(shape.rows());
     float *q = pieces.take(shape.queries()), *g = pieces.take(shape.queries()), *dq = pieces.take(shape.queries());
     float *s = pieces.take(shape.scores()), *dp = pieces.take(shape.scores());
-    const int64_t width = shape.width, score_row = shape.score_row;
     for (int64_t i = i0; i < i1; ++i) {
         const AttentionPair pair(a, i);
         Soon next = AttentionPair(a, min64(i + 1, i1 - 1)).soon(a, true);
@@ -184,16 +217,12 @@ void attention_gradient(const AttentionArgs& a, int64_t i0, int64_t i1, float* s
             const int64_t rows = min64(kQueries, n - r0), out = pair.out + r0 * hidden;
             copy_rows(shape, in + r0 * pair.row, pair.row, rows, q);
             copy_rows(shape, a.g + out, hidden, rows, g);
-            gemm({q, width, 1}, transposed(shape, keys_t), rows, round_up(n, W), a.dim, false, s, score_row, next);
-            gemm({g, width, 1}, transposed(shape, values_t), rows, round_up(n, W), a.dim, false, dp, score_row, next);
+            float mean[kQueries];
             for (int64_t r = 0; r < rows; ++r) {
-                const float mean = dot(a.g + out + r * hidden, a.out + out + r * hidden, a.dim);
-                softmax_gradient<Drop>(d, pair.mask_row + r0 + r, s + r * score_row, dp + r * score_row, n,
-                                       a.lse[pair.lse + r0 + r], mean);
+                mean[r] = dot(a.g + out + r * hidden, a.out + out + r * hidden, a.dim);
             }
-            gemm({s, 1, score_row}, by_rows(g, width), n, width, rows, r0 > 0, dv, width, next);
-            gemm({dp, 1, score_row}, by_rows(q, width), n, width, rows, r0 > 0, dk, width, next);
-            gemm({dp, score_row, 1}, by_rows(keys, width), rows, width, n, false, dq, width, next);
+            gradient_block<Drop>(shape, d, pair.mask_row + r0, rows, n, {q, g, keys_t, values_t, keys},
+                                 a.lse + pair.lse + r0, mean, s, dp, r0 > 0, {dq, dk, dv}, next);
             write_rows(shape, dq, rows, a.scale, to + r0 * pair.row, pair.row);
         }
         write_rows(shape, dk, n, a.scale, to + hidden, pair.row);

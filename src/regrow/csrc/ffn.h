@@ -169,7 +169,7 @@ INLINE void add_gradient(const int32_t* idx, int64_t begin, int64_t end, const f
 }
 
 template <int B>
-void ffn_backward_range(const FfnArgs& a, int64_t t0, int64_t t1, float* scratch, const FfnSums& sums) {
+void ffn_backward_range(const FfnArgs& a, int64_t t0, int64_t t1, float* scratch, const LayerSums& sums) {
     constexpr int G = Shape<B>::G;
     const int64_t tile = a.plan.tile, slab = a.plan.slab, stride = panel_stride<B>(tile);
     const int64_t in = a.in_blocks * B, out = a.out_blocks * B;
@@ -221,7 +221,7 @@ FfnPlan ffn_plan_any(int block, int64_t in_blocks, int64_t hidden_blocks, int64_
 void ffn_any(const FfnArgs& a, int64_t t0, int64_t t1, float* scratch) {
     with_block(a.block, [&](auto b) { ffn_range<b>(a, t0, t1, scratch); });
 }
-void ffn_backward_any(const FfnArgs& a, int64_t t0, int64_t t1, float* scratch, const FfnSums& sums) {
+void ffn_backward_any(const FfnArgs& a, int64_t t0, int64_t t1, float* scratch, const LayerSums& sums) {
     with_block(a.block, [&](auto b) { ffn_backward_range<b>(a, t0, t1, scratch, sums); });
 }
 

@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "loss.h"
 #include "norm.h"
+#include "sparse_attention.h"
 #include "table.h"
 
 // clang-format off
@@ -31,5 +32,8 @@
         .attention_scratch = attention_scratch,   \
         .attention = attention,            \
         .attention_backward = attention_backward, \
+        .sparse_attention_scratch = sparse_attention_scratch,   \
+        .sparse_attention = sparse_attention_any,               \
+        .sparse_attention_backward = sparse_attention_backward_any, \
     }
 // clang-format on

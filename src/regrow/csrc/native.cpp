@@ -143,6 +143,7 @@ void adamw_step(Address values, Address grad, Address mean, Address square, Addr
 void bind_loss(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_ffn(nb::module_& m);  // native_ffn.cpp
+void bind_sparse_attention(nb::module_& m);
 
 NB_MODULE(_native, m) {
     g_table = available_tables().back();
@@ -169,4 +170,5 @@ NB_MODULE(_native, m) {
     bind_norm(m);
     bind_ffn(m);
     bind_attention(m);
+    bind_sparse_attention(m);
 }

@@ -4,57 +4,6 @@
 
 namespace {
 
-// Scratch is handed out from front to back; without memory it only counts.
-class Layout {
-  public:
-    explicit Layout(float* memory) : memory_(memory) {}
-    template <class T = float>
-    T* take(size_t numbers) {
-        static_assert(sizeof(T) == sizeof(float));
-        T* place = memory_ ? reinterpret_cast<T*>(memory_ + size_) : nullptr;
-        size_ += padded(numbers);
-        return place;
-    }
-    size_t size() const { return size_; }
-
-  private:
-    float* memory_;
-    size_t size_ = 0;
-};
-
-struct Weight {
-    WeightArgs args;
-    int64_t cols, n_blocks;
-
-    Weight(const char* which, Address values, Address row_ptr, Address col_idx, Address slot, int64_t rows,
-           int64_t cols, int64_t n_blocks, int b)
-        : args{at<const float>(values), at<const int32_t>(row_ptr), at<const int32_t>(col_idx), at<const int32_t>(slot),
-               rows, b},
-          cols(cols),
-          n_blocks(n_blocks) {
-        check_indices(args.row_ptr, args.col_idx, args.slot, rows, cols, n_blocks, which);
-    }
-    size_t numbers() const { return n_blocks * args.block * args.block; }
-    PackedWeight places() const { return {nullptr, args.row_ptr, args.col_idx}; }
-
-    PackedWeight by_rows(Layout& layout, int n) const {
-        float* packed = layout.take(numbers());
-        if (packed) {
-            parallel(n, [&](int i) {
-                g_table->pack_rows(args, cut(n_blocks, i, n), cut(n_blocks, i + 1, n), packed);
-            });
-        }
-        return {packed, args.row_ptr, args.col_idx};
-    }
-    PackedWeight by_columns(Layout& layout, int n) const {
-        const size_t width = padded(cols + 1);
-        float* packed = layout.take(numbers());
-        int32_t *row_idx = layout.take<int32_t>(n_blocks), *ptr = layout.take<int32_t>((n + 1) * width);
-        if (packed) pack_by_columns(*g_table, args, cols, n_blocks, n, ptr, width, row_idx, packed);
-        return {packed, ptr, row_idx};
-    }
-};
-
 // Slabs follow one another in a row of the second weight only if its columns ascend.
 void check_order(const WeightArgs& w) {
     for (int64_t r = 0; r < w.rows; ++r) {
@@ -129,9 +78,8 @@ void ffn_backward(Address g, Address x, Address values1, Address bias1, Address 
     a.x = at<const float>(x), a.g = at<const float>(g), a.bias1 = at<const float>(bias1), a.dx = at<float>(dx);
     float *own = nullptr, *totals = nullptr;
     const size_t each = padded(a.plan.scratch);
-    // Sums of a thread: dvalues1, dbias1, dvalues2, dbias2.
-    const size_t bias1_at = padded(first.numbers() + 64), values2_at = bias1_at + padded(hidden_blocks * b);
-    const size_t bias2_at = values2_at + padded(second.numbers() + 64), sums = bias2_at + padded(out_blocks * b);
+    const TwoSums sums(first, second, hidden_blocks * b, out_blocks * b, {at<float>(dvalues1), at<float>(dbias1),
+                       at<float>(dvalues2), at<float>(dbias2)});
     const auto prepare = [&](float* memory) {
         Layout layout(memory);
         a.first = first.by_rows(layout, n);
@@ -142,36 +90,16 @@ void ffn_backward(Address g, Address x, Address values1, Address bias1, Address 
             a.first_t = first.by_columns(layout, n);
             a.first_t_cuts = cut_slabs(layout, a.first_t, in_blocks, a.plan.slab, hidden_blocks);
         }
-        totals = layout.take(n * sums);
+        totals = layout.take(n * sums.size);
         own = layout.take(n * each);
         return layout.size();
     };
     prepare(t_scratch.reserve(prepare(nullptr)));
     parallel(n, [&](int i) {
-        float* mine = totals + i * sums;
-        std::memset(mine, 0, sums * sizeof(float));
-        const FfnSums part{dvalues1 ? mine : nullptr, dbias1 ? mine + bias1_at : nullptr,
-                           dvalues2 ? mine + values2_at : nullptr, dbias2 ? mine + bias2_at : nullptr};
-        g_table->ffn_backward(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), own + i * each, part);
+        g_table->ffn_backward(a, cut(n_tokens, i, n), cut(n_tokens, i + 1, n), own + i * each,
+                              sums.clear(totals + i * sums.size));
     });
-    const auto reduce = [&](int block, const float* from, const int32_t* slot, int64_t numbers, Address to, int i) {
-        const int64_t begin = cut(numbers, i, n), count = cut(numbers, i + 1, n) - begin;
-        if (to) g_table->reduce(block, from + begin * block * block, sums, n, slot + begin, count, at<float>(to));
-    };
-    const auto add_up = [&](const float* from, int64_t numbers, Address to, int i) {
-        if (!to) return;
-        for (int64_t f = cut(numbers, i, n); f < cut(numbers, i + 1, n); ++f) {
-            float sum = from[f];
-            for (int other = 1; other < n; ++other) sum += from[other * sums + f];
-            at<float>(to)[f] = sum;
-        }
-    };
-    parallel(n, [&](int i) {
-        reduce(b, totals, first.args.slot, n_blocks1, dvalues1, i);
-        reduce(b, totals + values2_at, second.args.slot, n_blocks2, dvalues2, i);
-        add_up(totals + bias1_at, hidden_blocks * b, dbias1, i);
-        add_up(totals + bias2_at, out_blocks * b, dbias2, i);
-    });
+    parallel(n, [&](int i) { sums.reduce(totals, i, n); });
 }
 
 }  // namespace

@@ -70,7 +70,7 @@ struct FfnArgs {            // y = gelu(x W1^T + bias1) W2^T + bias2
     float* dx;              // [n_tokens, in]
 };
 
-struct FfnSums {            // of one thread, zero at first, blocks in CSR order with room for 64 floats after the end
+struct LayerSums {          // of two weights, of one thread, zero at first, blocks in CSR order with room for 64 floats after the end
     float *dvalues1, *dbias1, *dvalues2, *dbias2;  // what is null is not wanted
 };
 
@@ -135,6 +135,29 @@ struct AttentionArgs {       // tokens [offsets[s], offsets[s + 1]) are sequence
     uint32_t threshold;      // out of 65536, how many probabilities are dropped
 };
 
+struct SparseAttentionArgs {  // y = attention(x W1^T + bias1) W2^T + bias2; AttentionArgs has the words
+    const int32_t* offsets;
+    int64_t n_tokens, heads, dim, longest;  // block divides dim, and 16 does
+    int64_t in_blocks, out_blocks;
+    int block;
+    float scale;
+    uint64_t seed;
+    uint32_t threshold;
+    const float* x;           // [n_tokens, in]
+    PackedWeight first;       // W1 [3 * heads * dim, in]
+    const float* bias1;       // [3 * heads * dim] or null
+    PackedWeight second;      // W2 [out, heads * dim]
+    float* lse;               // [heads, n_tokens]; the gradient reads it
+    float* attended;          // [n_tokens, heads * dim], what goes into W2; the gradient reads it
+    // Forward only.
+    const float* bias2;       // [out] or null
+    float* y;                 // [n_tokens, out]
+    // Backward only. What is null is not wanted.
+    const float* g;           // [n_tokens, out]
+    PackedWeight first_t, second_t;  // by columns
+    float* dx;                // [n_tokens, in]
+};
+
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
@@ -155,7 +178,7 @@ struct KernelTable {
     FfnPlan (*ffn_plan)(int block, int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, bool backward);
     // Tokens [t0, t1).
     void (*ffn)(const FfnArgs&, int64_t t0, int64_t t1, float* scratch);
-    void (*ffn_backward)(const FfnArgs&, int64_t t0, int64_t t1, float* scratch, const FfnSums&);
+    void (*ffn_backward)(const FfnArgs&, int64_t t0, int64_t t1, float* scratch, const LayerSums&);
     // Blocks [b0, b1).
     void (*adamw)(const AdamwArgs&, int64_t b0, int64_t b1);
     // Rows [r0, r1); the gradient's sum is added to `sum` [classes].
@@ -169,6 +192,11 @@ struct KernelTable {
     // Pairs [i0, i1) of a sequence and a head, the heads of a sequence one after the other.
     void (*attention)(const AttentionArgs&, int64_t i0, int64_t i1, float* scratch);
     void (*attention_backward)(const AttentionArgs&, int64_t i0, int64_t i1, float* scratch);
+    size_t (*sparse_attention_scratch)(const SparseAttentionArgs&, bool backward);
+    // Sequences [s0, s1).
+    void (*sparse_attention)(const SparseAttentionArgs&, int64_t s0, int64_t s1, float* scratch);
+    void (*sparse_attention_backward)(const SparseAttentionArgs&, int64_t s0, int64_t s1, float* scratch,
+                                      const LayerSums&);
 };
 
 extern const KernelTable kGenericTable;

@@ -63,3 +63,96 @@ inline void pack_by_columns(const KernelTable& table, const WeightArgs& w, int64
         table.pack_columns(w, cut(n_blocks, i, n), cut(n_blocks, i + 1, n), next, row_idx, packed);
     });
 }
+
+// Scratch is handed out from front to back; without memory it only counts.
+class Layout {
+  public:
+    explicit Layout(float* memory) : memory_(memory) {}
+    template <class T = float>
+    T* take(size_t numbers) {
+        static_assert(sizeof(T) == sizeof(float));
+        T* place = memory_ ? reinterpret_cast<T*>(memory_ + size_) : nullptr;
+        size_ += padded(numbers);
+        return place;
+    }
+    size_t size() const { return size_; }
+
+  private:
+    float* memory_;
+    size_t size_ = 0;
+};
+
+struct Weight {
+    WeightArgs args;
+    int64_t cols, n_blocks;
+
+    Weight(const char* which, Address values, Address row_ptr, Address col_idx, Address slot, int64_t rows,
+           int64_t cols, int64_t n_blocks, int b)
+        : args{at<const float>(values), at<const int32_t>(row_ptr), at<const int32_t>(col_idx), at<const int32_t>(slot),
+               rows, b},
+          cols(cols),
+          n_blocks(n_blocks) {
+        check_indices(args.row_ptr, args.col_idx, args.slot, rows, cols, n_blocks, which);
+    }
+    size_t numbers() const { return n_blocks * args.block * args.block; }
+    PackedWeight places() const { return {nullptr, args.row_ptr, args.col_idx}; }
+
+    PackedWeight by_rows(Layout& layout, int n) const {
+        float* packed = layout.take(numbers());
+        if (packed) {
+            parallel(n, [&](int i) {
+                g_table->pack_rows(args, cut(n_blocks, i, n), cut(n_blocks, i + 1, n), packed);
+            });
+        }
+        return {packed, args.row_ptr, args.col_idx};
+    }
+    PackedWeight by_columns(Layout& layout, int n) const {
+        const size_t width = padded(cols + 1);
+        float* packed = layout.take(numbers());
+        int32_t *row_idx = layout.take<int32_t>(n_blocks), *ptr = layout.take<int32_t>((n + 1) * width);
+        if (packed) pack_by_columns(*g_table, args, cols, n_blocks, n, ptr, width, row_idx, packed);
+        return {packed, ptr, row_idx};
+    }
+};
+
+// The gradients of two weights and their biases: every thread adds up its own, and the threads' sums are added in order.
+struct TwoSums {
+    const Weight &first, &second;
+    int64_t width1, width2;  // of the biases
+    LayerSums to;            // what is null is not wanted
+    size_t bias1_at, values2_at, bias2_at, size;
+
+    TwoSums(const Weight& first, const Weight& second, int64_t width1, int64_t width2, LayerSums to)
+        : first(first), second(second), width1(width1), width2(width2), to(to) {
+        bias1_at = padded(first.numbers() + 64);
+        values2_at = bias1_at + padded(width1);
+        bias2_at = values2_at + padded(second.numbers() + 64);
+        size = bias2_at + padded(width2);
+    }
+    LayerSums clear(float* mine) const {
+        std::memset(mine, 0, size * sizeof(float));
+        return {to.dvalues1 ? mine : nullptr, to.dbias1 ? mine + bias1_at : nullptr,
+                to.dvalues2 ? mine + values2_at : nullptr, to.dbias2 ? mine + bias2_at : nullptr};
+    }
+    // Part i of n of the work, from the sums of n threads.
+    void reduce(const float* totals, int i, int n) const {
+        add_blocks(totals, first, to.dvalues1, i, n);
+        add_blocks(totals + values2_at, second, to.dvalues2, i, n);
+        add_numbers(totals + bias1_at, width1, to.dbias1, i, n);
+        add_numbers(totals + bias2_at, width2, to.dbias2, i, n);
+    }
+
+  private:
+    void add_blocks(const float* from, const Weight& w, float* sum, int i, int n) const {
+        const int64_t begin = cut(w.n_blocks, i, n), count = cut(w.n_blocks, i + 1, n) - begin;
+        const int b = w.args.block;
+        if (sum) g_table->reduce(b, from + begin * b * b, size, n, w.args.slot + begin, count, sum);
+    }
+    void add_numbers(const float* from, int64_t width, float* sum, int i, int n) const {
+        if (!sum) return;
+        for (int64_t f = cut(width, i, n); f < cut(width, i + 1, n); ++f) {
+            sum[f] = from[f];
+            for (int other = 1; other < n; ++other) sum[f] += from[other * size + f];
+        }
+    }
+};

@@ -80,7 +80,7 @@ def ffn(
 # ---- checks ---------------------------------------------------------------------------------------
 
 
-def _check_blocks(name: str, values: Tensor, index: Sequence[Tensor]) -> None:
+def check_blocks(name: str, values: Tensor, index: Sequence[Tensor]) -> None:
     if values.dim() != 3 or values.shape[1] != values.shape[2] or not values.shape[1]:
         raise RegrowError(f"{name} must be [n_blocks, b, b], not {list(values.shape)}")
     row_ptr, col_idx, slot = index
@@ -111,8 +111,8 @@ def _check(
     for name, tensor in (("values1", values1), ("bias1", bias1), ("values2", values2), ("bias2", bias2)):
         if tensor is not None and (tensor.dtype is not x.dtype or tensor.device != x.device):
             raise RegrowError(f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
-    _check_blocks("values1", values1, index1)
-    _check_blocks("values2", values2, index2)
+    check_blocks("values1", values1, index1)
+    check_blocks("values2", values2, index2)
     b = values1.shape[1]
     if values2.shape[1] != b:
         raise RegrowError(f"values1 has blocks of {b} and values2 blocks of {values2.shape[1]}; they must agree")

@@ -6,6 +6,7 @@ from regrow.nn.linear import BLOCK_SIZES, BlockSparseLinear
 from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.merged import merged_linear
 from regrow.nn.norm import DropoutAddNorm, dropout, dropout_add_norm
+from regrow.nn.sparse_attention import sparse_attention
 from regrow.nn.sparsify import densify, density_of, named_sparse_layers, sparsify
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "linear_cross_entropy",
     "merged_linear",
     "named_sparse_layers",
+    "sparse_attention",
     "sparse_ffn",
     "sparsify",
 ]

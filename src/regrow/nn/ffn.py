@@ -49,7 +49,7 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
             raise RegrowError(
                 f"{name} has {width} input features; first has {first.in_features} -> {first.out_features}"
             )
-    if first.block_size != second.block_size or second.activation is not None or _hooked(first) or _hooked(second):
+    if first.block_size != second.block_size or second.activation is not None or hooked(first) or hooked(second):
         hidden = first(x)
         return second(hidden if first.activation == "gelu" else gelu(hidden))
     if torch.is_autocast_enabled(x.device.type):  # as the layers do
@@ -60,5 +60,6 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
     return y.view(*x.shape[:-1], second.out_features)
 
 
-def _hooked(layer: BlockSparseLinear) -> bool:
+def hooked(layer: BlockSparseLinear) -> bool:
+    """Whether someone is to see what goes in or out of it."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

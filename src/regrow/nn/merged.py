@@ -43,11 +43,15 @@ def merged_linear(layers: Sequence[BlockSparseLinear], x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in layers], -1)
     if x.shape[-1] != first.in_features:
         raise RegrowError(f"merged_linear expects inputs of {first.in_features} features, got shape {list(x.shape)}")
-    values = torch.cat([layer.values for layer in layers])
     if torch.is_autocast_enabled(x.device.type):
-        x = x.to(values.dtype)
-    y = kernels.spmm(x.reshape(-1, first.in_features), values, _biases(layers), *_indices(layers))
+        x = x.to(first.values.dtype)
+    y = kernels.spmm(x.reshape(-1, first.in_features), *merged(layers))
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def merged(layers: Sequence[BlockSparseLinear]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Values, bias, ``row_ptr``, ``col_idx`` and ``slot`` of the layers' weights on top of each other."""
+    return torch.cat([layer.values for layer in layers]), _biases(layers), *_indices(layers)
 
 
 def _biases(layers: Sequence[BlockSparseLinear]) -> Tensor | None:
@@ -59,7 +63,6 @@ def _biases(layers: Sequence[BlockSparseLinear]) -> Tensor | None:
 
 
 def _indices(layers: Sequence[BlockSparseLinear]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the layers' weights on top of each other."""
     row_ptr, col_idx, slot = zip(*(layer.topology.indices() for layer in layers), strict=True)
     before = [0]
     for part in slot:

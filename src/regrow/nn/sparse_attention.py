@@ -1,0 +1,113 @@
+"""The attention half of a transformer layer from four sparse layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from regrow import kernels
+from regrow.errors import RegrowError
+from regrow.kernels.dropout import dropout_threshold
+from regrow.kernels.sparse_attention import supports
+from regrow.nn.attention import attention
+from regrow.nn.ffn import hooked
+from regrow.nn.linear import BlockSparseLinear
+from regrow.nn.merged import merged, merged_linear
+from regrow.nn.random import draw_seed
+
+
+def sparse_attention(
+    query: BlockSparseLinear,
+    key: BlockSparseLinear,
+    value: BlockSparseLinear,
+    output: BlockSparseLinear,
+    x: Tensor,
+    offsets: Tensor,
+    heads: int,
+    *,
+    p: float = 0.0,
+    training: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    r"""Multi-head self-attention with the products before and after it, a sequence at a time.
+
+    The same as ``output(attention(merged_linear([query, key, value], x), offsets, heads, ...))``; see
+    :func:`regrow.nn.attention` for the formula and the mask of dropout, which is the same for the same seed. But
+    queries, keys and values are neither written to memory nor kept: the backward pass computes them again.
+    Differentiable once.
+
+    The separate functions are called where this one cannot stand in for them, or would be slower: block sizes differ,
+    the output has an activation, a hook is registered on a layer, which is to see what goes in and out, or there are
+    too few sequences for the threads.
+
+    Args:
+        query, key, value: ``in -> heads * d``.
+        output: ``heads * d -> out``.
+        x: ``[N, in]``, sequences one after the other.
+        offsets: int32 ``[B + 1]``, from 0 to ``N``: sequence ``s`` is the tokens ``offsets[s]`` to ``offsets[s + 1]``.
+        heads: how many.
+        p: share of probabilities that are dropped, in [0, 1).
+        training: whether anything is dropped.
+        scale: of the scores; ``1 / sqrt(d)`` if absent.
+
+    Returns:
+        ``[N, out]``. Under ``torch.autocast`` it is computed in the dtype of the layers' values.
+
+    Raises:
+        RegrowError: widths, devices or dtypes disagree, ``offsets`` does not rise from 0 to ``N``, or ``p`` is out of
+            range.
+
+    Example:
+        >>> layers = [BlockSparseLinear(32, 32, block_size=16, density=0.5) for _ in range(4)]
+        >>> x, offsets = torch.randn(7, 32), torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> y = sparse_attention(*layers, x, offsets, heads=2)
+        >>> torch.allclose(y, layers[3](attention(merged_linear(layers[:3], x), offsets, 2)), atol=1e-5)
+        True
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2; Chen et al. 2016, arXiv 1604.06174, for computing
+    activations again.
+    """
+    inner = query, key, value
+    hidden = query.out_features
+    if heads < 1 or hidden % heads:
+        raise RegrowError(f"heads is {heads}; it must be positive and divide {hidden}")
+    for name, width, expected in (
+        ("key", key.out_features, hidden),
+        ("value", value.out_features, hidden),
+        ("output", output.in_features, hidden),
+        ("x", x.shape[-1], query.in_features),
+    ):
+        if width != expected:
+            raise RegrowError(f"{name} has {width} features; query has {query.in_features} -> {hidden}")
+    dropout_threshold(p)
+    if not _fused(query, key, value, output, x, offsets, hidden // heads):
+        alike = len({(layer.block_size, layer.activation) for layer in inner} | {(query.block_size, None)}) == 1
+        qkv = merged_linear(inner, x) if alike else torch.cat([layer(x) for layer in inner], -1)
+        return output(attention(qkv, offsets, heads, p=p, training=training, scale=scale))
+    drops = training and p > 0
+    options = heads, 1 / math.sqrt(hidden // heads) if scale is None else scale
+    dropped = (p, draw_seed()) if drops else (0.0, 0)
+    if torch.is_autocast_enabled(x.device.type):  # as the layers do
+        x = x.to(output.values.dtype)
+    second = output.values, output.bias, *output.topology.indices()
+    return kernels.sparse_attention(x, offsets, *merged(inner), *second, *options, *dropped)[0]
+
+
+def _fused(
+    query: BlockSparseLinear,
+    key: BlockSparseLinear,
+    value: BlockSparseLinear,
+    output: BlockSparseLinear,
+    x: Tensor,
+    offsets: Tensor,
+    width: int,
+) -> bool:
+    """Whether the operation can do it, and is to: a thread takes whole sequences."""
+    layers = query, key, value, output
+    if len({layer.block_size for layer in layers}) > 1 or any(hooked(layer) for layer in layers):
+        return False
+    if any(layer.activation is not None for layer in layers) or x.dim() != 2:
+        return False
+    return supports(output.values, width, output.block_size) and offsets.shape[0] > torch.get_num_threads()
