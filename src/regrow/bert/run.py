@@ -101,11 +101,11 @@ class RunDirectory:
         """Append one line to ``metrics.jsonl``."""
         self._append(METRICS_FILE, [metrics])
 
-    def log_updates(self, records: list[UpdateRecord]) -> None:
-        """A line per record to ``topology.jsonl``, and their means to ``metrics.jsonl``."""
+    def log_updates(self, records: list[UpdateRecord], totals: Mapping[str, Any]) -> None:
+        """A line per record to ``topology.jsonl``, and ``totals`` and their means to ``metrics.jsonl``."""
         self._append(TOPOLOGY_LOG, [asdict(record) for record in records])
         means = {f"update_{name}": value for name, value in mean_record(records).items()}
-        self.log_metrics({"step": records[0].step, **means})
+        self.log_metrics({"step": records[0].step, **totals, **means})
 
     def _append(self, name: str, entries: list[Any]) -> None:
         with (self.path / name).open("a") as file:
