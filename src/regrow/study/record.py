@@ -174,7 +174,7 @@ def paper_flops(config: PretrainConfig) -> dict[str, float]:
 
     Example:
         >>> f"{paper_flops(PretrainConfig(size='base', density=0.1))['per_sequence_paper']:.3g}"
-        '8.34e+09'
+        '8.33e+09'
 
     Reference: Dietrich et al. 2021, arXiv 2108.06277, appendix A.2.
     """

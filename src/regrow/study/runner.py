@@ -129,7 +129,7 @@ class _Ticket:
             return
         self.folder.create(self.run)
         self.log_start = self.folder.log.stat().st_size if self.folder.log.exists() else 0
-        command = (sys.executable, "-m", "regrow.study.worker", str(self.folder.study.absolute()), self.run.id, *keep)
+        command = (sys.executable, "-m", "regrow.study", str(self.folder.study.absolute()), self.run.id, *keep)
         self.handle = pool.submit(Job(self.run.id, command, self.folder.log.absolute(), threads))
 
     def look(self) -> None:

@@ -20,7 +20,7 @@ from regrow.bert.corpus import corpus_fingerprint
 from regrow.bert.pretrain import PretrainConfig
 from regrow.bert.sizes import size_named
 from regrow.errors import RegrowError
-from regrow.methods import Method, create, method_class
+from regrow.methods import Method, method_class
 from regrow.optim import sparse_learning_rate
 
 NO_EFFECT = ("output", "workers", "keep_checkpoints", "save_steps", "logging_steps", "report_to")
@@ -28,6 +28,18 @@ NO_EFFECT = ("output", "workers", "keep_checkpoints", "save_steps", "logging_ste
 _OF_SPARSITY = ("density", "distribution", "block_size", "block_steps", "block_warmup")
 _OF_UPDATES = ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates")
 _OF_RATES = ("lr_rule", "lr_scope", "base_width")
+
+
+@lru_cache
+def _method_class(name: str) -> type[Method]:
+    return method_class(name)
+
+
+@lru_cache
+def _known_options(owner: Any) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each option of a configuration or a method."""
+    hints = get_type_hints(owner)
+    return {of.name: (hints[of.name], of.default) for of in dataclasses.fields(owner)}
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,8 @@ class RunSpec:
     options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        method = method_class(str(self.options.get("method", PretrainConfig.method)))
-        owners: tuple[Any, ...] = (method, PretrainConfig)
-        known = {of.name: (owner, of) for owner in owners for of in dataclasses.fields(owner)}
+        method = _method_class(str(self.options.get("method", PretrainConfig.method)))
+        known = _known_options(PretrainConfig) | _known_options(method)
         known.pop("output")  # the runner's business
         options = {}
         for name, value in self.options.items():
@@ -63,9 +74,9 @@ class RunSpec:
                 raise RegrowError(
                     f"unknown option {name!r} of a run with method {method.name!r}: see regrow pretrain -h"
                 )
-            owner, of = known[name]
-            value = _converted(name, value, get_type_hints(owner)[name])
-            if value != of.default:
+            hint, default = known[name]
+            value = _converted(name, value, hint)
+            if value != default:
                 options[name] = value
         object.__setattr__(self, "options", MappingProxyType(dict(sorted(options.items()))))
         self.config.check()
@@ -80,7 +91,7 @@ class RunSpec:
     def method(self) -> Method:
         """The method with its options."""
         own = {k: v for k, v in self.options.items() if k not in PretrainConfig.__dataclass_fields__}
-        return create(self.config.method, **own)
+        return _method_class(self.config.method)(**own)
 
     @property
     def full(self) -> dict[str, Any]:
@@ -232,9 +243,9 @@ def _with_rate(options: dict[str, Any]) -> dict[str, Any]:
     factor = _converted("lr_factor", options.pop("lr_factor"), float)
     if options.get("learning_rate") is not None:
         raise RegrowError("give a learning_rate or an lr_factor, not both")
-    spec = RunSpec(options)
-    density = 1.0 if spec.config.dense else spec.config.density
-    rate = factor * sparse_learning_rate(size_named(spec.config.size).dense_lr, density)
+    config = RunSpec(options).config
+    density = 1.0 if config.dense else config.density
+    rate = factor * sparse_learning_rate(size_named(config.size).dense_lr, density)
     return options | {"learning_rate": float(f"{rate:.4g}")}
 
 

@@ -1,4 +1,4 @@
-"""One run of a study in a process of its own: ``python -m regrow.study.worker FOLDER ID``.
+"""One run of a study in a process of its own: ``python -m regrow.study FOLDER ID``.
 
 A study's folder holds
 
@@ -119,7 +119,7 @@ def peak_memory() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The process of one run."""
-    parser = argparse.ArgumentParser(prog="python -m regrow.study.worker")
+    parser = argparse.ArgumentParser(prog="python -m regrow.study")
     parser.add_argument("folder", type=Path)
     parser.add_argument("id")
     parser.add_argument("--keep-models", action="store_true")
@@ -151,7 +151,3 @@ def _stop_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
