@@ -148,7 +148,7 @@ def _study_show(argv: Sequence[str]) -> int:
 
 
 def _study_run(argv: Sequence[str]) -> int:
-    from regrow.study import load_records, run_study
+    from regrow.study import run_study
     from regrow.study.pool import SubmititPool
     from regrow.study.presets import describe
 
@@ -177,8 +177,7 @@ def _study_run(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     study = _asked_study(asked)
     if asked.dry_run:
-        records = asked.folder / "records"
-        done = [record.id for record in load_records([records])] if records.exists() else []
+        done = [path.stem for path in asked.folder.glob("records/*.json")]
         print(describe(study, study.only(asked.only) if asked.only else None, done))
         return 0
     pool = None

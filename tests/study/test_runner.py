@@ -18,10 +18,11 @@ from filelock import FileLock
 from regrow import RegrowError
 from regrow.cli import main
 from regrow.study import RunRecord, Study, load_records, load_study, run_study
-from regrow.study.pool import Job, LocalPool, SubmititPool
+from regrow.study.pool import ClusterTask, Job, LocalPool, SubmititPool
 from regrow.study.worker import RunFolder
 
 Make = Callable[..., Study]
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 CLOCK = ("seconds", "tokens_per_second", "data_wait")
 
 
@@ -66,40 +67,38 @@ def test_a_study_of_two_runs_to_its_end_and_never_again(tiny: Make, tmp_path: Pa
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_record(tiny: Make, tmp_path: Path) -> None:
-    study = tiny(method="dynsparse", block_size=4, steps=300, save_steps=20, eval_steps=100, n_updates=60)
-    assert run_study(study, tmp_path / "whole", progress=False, threads=1).complete
-    folder = RunFolder(tmp_path / "cut", study.runs()[0].id)
-    folder.create(study.runs()[0])
-    command = [sys.executable, "-m", "regrow.study", str(tmp_path / "cut"), folder.id]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_for(lambda: any(_step(found) > 20 for found in folder.run.glob("checkpoints/checkpoint-*")))
-    process.kill()
-    process.wait()
-    assert not folder.record.exists()
-    assert run_study(study, tmp_path / "cut", progress=False, threads=1).complete
-    whole, cut = (load_records([tmp_path / name])[0] for name in ("whole", "cut"))
-    assert without_clock(cut) == without_clock(whole)
-    assert len(next(iter(cut.patterns.values()))) == 5
-    assert cut.seconds > 0 and [p["seconds"] for p in cut.curve] == sorted(p["seconds"] for p in cut.curve)
+    study = tiny(method="dynsparse", block_size=4, steps=160, save_steps=20, eval_steps=80, n_updates=32)
+    (run,) = study.runs()
+    whole, cut = (RunFolder(tmp_path / name, run.id) for name in ("whole", "cut"))
+    (cut.run / "checkpoints").mkdir(parents=True)  # as a run that was killed before its first checkpoint leaves it
+    (cut.run / "regrow.yaml").write_text("seed: 1\n")
+    processes = []
+    for folder in (whole, cut):
+        folder.create(run)
+        command = [sys.executable, "-m", "regrow.study", str(folder.study), run.id]
+        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **QUIET))
+    wait_for(lambda: any(_step(found) > 20 for found in cut.run.glob("checkpoints/checkpoint-*")))
+    processes[1].kill()
+    processes[1].wait()
+    assert not cut.record.exists()
+    assert processes[0].wait() == 0
+
+    def finish(**keep: bool) -> RunRecord:
+        assert run_study(study, cut.study, progress=False, threads=1, **keep).complete
+        return RunRecord.load(cut.record)
+
+    record = finish(keep_checkpoints=True, keep_models=True)
+    assert without_clock(record) == without_clock(RunRecord.load(whole.record))
+    assert len(next(iter(record.patterns.values()))) == 5
+    assert record.seconds > 0 and [p["seconds"] for p in record.curve] == sorted(p["seconds"] for p in record.curve)
+    assert (cut.run / "model.safetensors").exists() and (cut.run / "checkpoints/checkpoint-160").exists()
+    cut.record.unlink()  # killed between the last checkpoint and the record
+    assert without_clock(finish()) == without_clock(record)
+    assert not (cut.run / "model.safetensors").exists() and not list(cut.run.glob("checkpoints/checkpoint-*"))
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def test_killed_before_the_first_checkpoint_or_after_the_last(tiny: Make, tmp_path: Path) -> None:
-    study = tiny(method="static")
-    folder = RunFolder(tmp_path, study.runs()[0].id)
-    (folder.run / "checkpoints").mkdir(parents=True)  # as a run that was killed at once leaves it
-    (folder.run / "regrow.yaml").write_text("seed: 1\n")
-    assert run_study(study, tmp_path, progress=False, keep_checkpoints=True, keep_models=True).complete
-    assert (folder.run / "model.safetensors").exists()
-    before = RunRecord.load(folder.record)
-    folder.record.unlink()  # killed between the last checkpoint and the record
-    assert run_study(study, tmp_path, progress=False).complete
-    assert without_clock(RunRecord.load(folder.record)) == without_clock(before)
-    assert not (folder.run / "model.safetensors").exists() and not list(folder.run.glob("checkpoints/checkpoint-*"))
 
 
 def test_killed_and_stopped_by_ctrl_c_the_same_command_goes_on(
@@ -116,7 +115,7 @@ def test_killed_and_stopped_by_ctrl_c_the_same_command_goes_on(
     )
     wait_for(lambda: folder.step()[0] > 10)
     runner.kill()  # nobody is left to wait for the run: it saves a checkpoint and stops by itself
-    runner.communicate()
+    runner.wait()
     wait_for(lambda: _is_free(folder.lock))
     (checkpoint,) = folder.run.glob("checkpoints/checkpoint-*")
     assert 10 < _step(checkpoint) < 500
@@ -216,12 +215,27 @@ def test_a_job_that_waits_never_begins_once_interrupted(tmp_path: Path) -> None:
     assert first.status() == -signal.SIGINT == second.status() and not (tmp_path / "b").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
+HAS_SUBMITIT = importlib.util.find_spec("submitit") is not None
+
+
+@pytest.mark.skipif(not HAS_SUBMITIT, reason="submitit is not installed")
 def test_a_cluster_runs_a_study_too(tiny: Make, tmp_path: Path) -> None:
-    pool = SubmititPool(tmp_path / "submitit", "local")
-    result = run_study(tiny(method="static"), tmp_path, pool=pool)
+    pool = SubmititPool(tmp_path / "submitit", "debug")
+    result = run_study(tiny(method="static"), tmp_path, pool=pool, threads=1)
     assert result.complete, result
-    assert load_records([tmp_path])[0].machine["threads"] >= 1
+    assert load_records([tmp_path])[0].machine["threads"] == 1
+
+
+@pytest.mark.skipif(not HAS_SUBMITIT, reason="submitit is not installed")
+def test_a_cluster_job_that_is_preempted_stops_its_process_and_queues_again(tmp_path: Path) -> None:
+    code = "import time; print('ready', flush=True); time.sleep(60)"
+    task = ClusterTask(Job("a", (sys.executable, "-c", code), tmp_path / "log", 1))
+    thread = threading.Thread(target=task)
+    thread.start()
+    wait_for(lambda: (tmp_path / "log").exists() and "ready" in (tmp_path / "log").read_text())
+    again = task.checkpoint()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and again.function.job == task.job
 
 
 def test_without_submitit_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

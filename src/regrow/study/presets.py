@@ -62,7 +62,7 @@ def load_study(name: str | Path, scale: str | None = None) -> Study:
     if scales is None and scale is not None:
         raise RegrowError(f"{path} has no scales; leave scale={scale!r} out")
     if scales is not None:
-        scale = next(iter(scales), None) if scale is None else scale
+        scale = str(next(iter(scales), "")) if scale is None else scale
         if scale not in scales:
             raise RegrowError(f"{path} has no scale {scale!r}; it has {', '.join(scales)}")
         own = scales[scale] or {}

@@ -170,7 +170,8 @@ def paper_flops(config: PretrainConfig) -> dict[str, float]:
     """Non-embedding FLOPs as the paper counts them: of a sequence, and of the whole training.
 
     A sequence of ``L`` tokens costs ``3 * (2 * L * encoder weights * density + 4 * layers * L^2 * hidden)``: encoder
-    linears and the two attention products, forward and backward, without embeddings and heads.
+    linears and the two attention products, forward and backward, without embeddings and heads. A density that moves
+    (gmp) or varies over layers counts as the one that was asked for; updates of the pattern are not counted.
 
     Example:
         >>> f"{paper_flops(PretrainConfig(size='base', density=0.1))['per_sequence_paper']:.3g}"

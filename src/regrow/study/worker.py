@@ -14,6 +14,7 @@ A study's folder holds
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -21,15 +22,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from regrow.allocator import keep_freed_memory
 from regrow.bert.pretrain import prepare, pretrain
-from regrow.bert.run import RunDirectory
+from regrow.bert.run import METRICS_FILE, RunDirectory
 from regrow.errors import RegrowError
 from regrow.kernels.machine import describe_machine
 from regrow.study.patterns import PatternSnapshots
@@ -38,6 +40,7 @@ from regrow.study.spec import RunSpec
 
 DONE, FAILED, BUSY, INTERRUPTED = 0, 2, 75, 130
 """Exit statuses; 75 says that another process has the run."""
+_TAIL_BYTES = 4096
 
 
 class RunFolder:
@@ -55,10 +58,23 @@ class RunFolder:
         write_json(self.spec, dict(spec.options))
 
     def step(self) -> tuple[int, float | None]:
-        """How far the run has come by its log, and its last training loss."""
-        lines = RunDirectory(self.run).read_metrics()
-        losses = [line["mlm_loss"] for line in lines if "mlm_loss" in line]
-        return (lines[-1]["step"] if lines else 0), (losses[-1] if losses else None)
+        """How far the run has come by the end of its log, and its last training loss."""
+        step, loss = 0, None
+        for line in self._last_lines():
+            step, loss = line["step"], line.get("mlm_loss", loss)
+        return step, loss
+
+    def _last_lines(self) -> Iterator[dict[str, Any]]:
+        path = self.run / METRICS_FILE
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+            for text in file:
+                try:
+                    yield {"step": 0} | json.loads(text)
+                except (ValueError, TypeError):  # begun before the tail, or not yet written to its end
+                    continue
 
 
 def train(folder: RunFolder, *, keep_models: bool = False, keep_checkpoints: bool = False) -> int:
