@@ -1,8 +1,10 @@
 """The whole path on a small text: train, rewire, interrupt, resume, save, load, refuse."""
 
+import importlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback, pipeline
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import regrow
 from regrow.bert.model import BertForPreTraining, build_model
@@ -71,9 +74,13 @@ def config(corpus: Path, output: Path, **changes: object) -> PretrainConfig:
     return PretrainConfig(**(options | changes))
 
 
+def lines_with_clock(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics_without_clock(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_wait")} for line in lines]
+    clock = ("tokens_per_second", "data_wait", "seconds")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines_with_clock(run)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,7 @@ def test_a_run_learns_rewires_and_reports(finished: PretrainResult) -> None:
     for step, mean in means.items():
         assert mean == pytest.approx(np.mean([u["churn"] for u in updates if u["step"] == step]))
     assert set(means) == {4, 8, 12, 16, 20}
+    assert all(line.keys() >= {"tokens", "seconds"} for line in lines_with_clock(finished.path))
     assert yaml.safe_load((finished.path / "regrow.yaml").read_text())["norm"] == "l1"
 
 
@@ -131,7 +139,7 @@ def test_an_interrupted_run_resumes_to_bitwise_the_same_end(
             assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
     assert metrics_without_clock(resumed.path) == metrics_without_clock(finished.path)
     assert (resumed.path / "topology.jsonl").read_text() == (finished.path / "topology.jsonl").read_text()
-    assert resumed.after == {**finished.after}
+    assert {**resumed.after, "seconds": 0} == {**finished.after, "seconds": 0}
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
@@ -191,6 +199,51 @@ def test_log_lines_beyond_the_checkpoint_are_dropped_on_resume(
         file.write('{"step": 15, "mlm_loss": 1.0}\n{"step": 1')  # as a killed run would leave it
     pretrain(settings, create("static"), resume=True)
     assert [line["step"] for line in metrics_without_clock(tmp_path / "run")].count(15) == 1
+
+
+def test_seconds_are_of_training_and_go_on_after_a_stop(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluation and checkpoint is made to seem an hour long: none of it may be counted."""
+    late = [0.0]
+    monkeypatch.setattr("regrow.bert.trainer.time.perf_counter", lambda: time.monotonic() + late[0])
+    for name in ("regrow.bert.trainer.evaluate_pretraining", "regrow.training.trainer.save_training_state"):
+        module, _, function = name.rpartition(".")
+        original = getattr(importlib.import_module(module), function)
+
+        def slow(*args, original=original, **kwargs):
+            late[0] += 3600.0
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(name, slow)
+    settings = config(corpus, tmp_path / "run", save_steps=5)
+    with monkeypatch.context() as patch:
+        interrupt_at(STOP_AT, patch)
+        pretrain(settings, create("dynsparse"))
+    pretrain(settings, create("dynsparse"), resume=True)
+    seconds = [line["seconds"] for line in lines_with_clock(tmp_path / "run")]
+    tokens = [line["tokens"] for line in lines_with_clock(tmp_path / "run")]
+    assert seconds[0] == tokens[0] == 0
+    assert seconds == sorted(seconds) and 0 < seconds[-1] < 3600 and len(set(seconds)) > 5
+    assert tokens == sorted(tokens) and STEPS * 4 * 8 < tokens[-1] <= STEPS * 4 * 32
+
+
+def test_trackers_get_losses_and_topology(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[int]] = {}
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            for name in logs:
+                seen.setdefault(name, []).append(state.global_step)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "notebook", Tracker)
+    monkeypatch.setattr("regrow.bert.pretrain.get_available_reporting_integrations", lambda: ["notebook"])
+    pretrain(config(corpus, tmp_path / "run", report_to="notebook", steps=12), create("dynsparse"))
+    assert seen["mlm_loss"] == seen["coverage"] == [5, 10]
+    assert len(seen["update_churn"]) == len(seen["update_coverage"]) == 5
+    assert seen["eval_mlm_loss"] == [0, 10, 12]
+    with pytest.raises(regrow.RegrowError, match=r"report_to='papyrus' .* choose from: none, notebook"):
+        pretrain(config(corpus, tmp_path / "other", report_to="papyrus"), create("dynsparse"))
 
 
 def test_plain_transformers_loads_the_run(finished: PretrainResult) -> None:

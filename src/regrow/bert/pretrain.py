@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from regrow.bert.corpus import corpus_fingerprint, read_documents
@@ -103,6 +105,9 @@ class PretrainConfig:
     save_steps: int = _option(500, "write a checkpoint every so many steps")
     keep_checkpoints: int = _option(2, "how many checkpoints to keep")
     logging_steps: int = _option(10, "write metrics every so many steps")
+    report_to: str = _option(
+        "none", "trackers that get every metric, by transformers' names: none, tensorboard, wandb, ...; comma-separated"
+    )
     seed: int = _option(0, "of weights, pattern, data order and masks")
 
     @property
@@ -129,6 +134,17 @@ class PretrainConfig:
             raise RegrowError(
                 f"distribution must be uniform, er, erk or GLOB=DENSITY,..., got {self.distribution!r}"
             ) from None
+
+    @property
+    def trackers(self) -> list[str]:
+        """``report_to`` as a list of transformers' names; each must be installed."""
+        names = [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
+        installed = get_available_reporting_integrations() if names else []
+        for name in names:
+            if name not in installed:
+                known = ", ".join(["none", *installed])
+                raise RegrowError(f"report_to={name!r} is no tracker that is installed here; choose from: {known}")
+        return names
 
     @property
     def width_ratio(self) -> float:
@@ -162,7 +178,7 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RegrowError(f"{name} must be positive, got {value}")
-        _ = self.schedule, self.densities, Fusions.named(self.fuse)
+        _ = self.schedule, self.densities, Fusions.named(self.fuse), self.trackers
         if not 0 <= self.warmup <= 1:
             raise RegrowError(f"warmup is a share of the steps in [0, 1], got {self.warmup}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
@@ -184,13 +200,16 @@ class PretrainResult:
     dense_bytes: int
 
 
-def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, method: Method, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> PretrainResult:
     """Run a pre-training to its end, or until it is interrupted.
 
     Args:
         config: see the fields of :class:`PretrainConfig`.
         method: the sparse-training method, as ``regrow.methods.create(config.method)`` makes it.
         resume: continue the run in ``config.output`` from its newest checkpoint.
+        callbacks: more of transformers' callbacks; they see the model after an update.
 
     Raises:
         RegrowError: an argument, the corpus, the vocabulary or a checkpoint cannot be used. An existing run is
@@ -212,7 +231,7 @@ def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) ->
     if not resume:
         run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
         tokenizer.save_pretrained(run.path)
-    topology = None if config.dense else _topology(config, method, run)
+    topology = None if config.dense else _topology(config, method)
     stop, progress = StopOnSignal(), ProgressBar(None if config.dense else config.density)
     trainer = PretrainingTrainer(
         model,
@@ -222,7 +241,7 @@ def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) ->
         eval_dataset=heldout,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[callback for callback in (topology, stop, progress) if callback is not None],
+        callbacks=[callback for callback in (topology, stop, progress, *callbacks) if callback is not None],
         run=run,
         topology=topology,
     )
@@ -251,6 +270,11 @@ def pretrain(config: PretrainConfig, method: Method, *, resume: bool = False) ->
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
     )
+
+
+def prepare(config: PretrainConfig) -> None:
+    """Make the tokenizer and the sentence pairs of a run, unless they are in the cache already."""
+    _data(config, _tokenizer(config))
 
 
 def _tokenizer(config: PretrainConfig) -> PreTrainedTokenizerBase:
@@ -309,7 +333,7 @@ def _optimizer(config: PretrainConfig, method: Method, model: BertForPreTraining
     return AdamW(config.groups(model), betas=(0.9, 0.999), eps=1e-6, **options)
 
 
-def _topology(config: PretrainConfig, method: Method, run: RunDirectory) -> RegrowCallback:
+def _topology(config: PretrainConfig, method: Method) -> RegrowCallback:
     schedule = config.schedule
     return RegrowCallback(
         method,
@@ -319,7 +343,6 @@ def _topology(config: PretrainConfig, method: Method, run: RunDirectory) -> Regr
         final_fraction=schedule.final_fraction,
         stop=schedule.stop,
         seed=config.seed,
-        on_update=run.log_updates,
     )
 
 
@@ -348,7 +371,7 @@ def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         seed=config.seed,
-        report_to="none",
+        report_to=config.trackers,
         disable_tqdm=True,
     )
 

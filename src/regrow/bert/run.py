@@ -93,19 +93,26 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every complete line of ``metrics.jsonl``."""
-        path = self.path / METRICS_FILE
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+        return self._read(METRICS_FILE)
+
+    def read_updates(self) -> list[dict[str, Any]]:
+        """Every complete line of ``topology.jsonl``: a :class:`regrow.UpdateRecord` each."""
+        return self._read(TOPOLOGY_LOG)
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
         self._append(METRICS_FILE, [metrics])
 
-    def log_updates(self, records: list[UpdateRecord]) -> None:
-        """A line per record to ``topology.jsonl``, and their means to ``metrics.jsonl``."""
+    def log_updates(self, records: list[UpdateRecord], totals: Mapping[str, Any]) -> None:
+        """A line per record to ``topology.jsonl``, and ``totals`` and their means to ``metrics.jsonl``."""
         self._append(TOPOLOGY_LOG, [asdict(record) for record in records])
         means = {f"update_{name}": value for name, value in mean_record(records).items()}
-        self.log_metrics({"step": records[0].step, **means})
+        self.log_metrics({"step": records[0].step, **totals, **means})
+
+    def _read(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
     def _append(self, name: str, entries: list[Any]) -> None:
         with (self.path / name).open("a") as file:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from regrow.bert.evaluate import evaluate_pretraining
 from regrow.bert.run import RunDirectory
 from regrow.bert.stream import PairDataset
-from regrow.training import RegrowCallback, SafeTrainer
+from regrow.training import RegrowCallback, SafeTrainer, UpdateRecord
+from regrow.training.metrics import mean_record
 
 _SUMS = ("mlm_loss", "nsp_loss", "steps")
 
@@ -22,20 +25,48 @@ class PretrainingTrainer(SafeTrainer):
     """Logs losses, ``tokens_per_second`` and ``data_wait`` to the run directory and evaluates held-out pairs.
 
     Tokens are real ones, padding not counted; ``data_wait`` is the share of the time that training waited for batches.
+    Every line carries ``tokens`` and ``seconds`` since the start of training; evaluating and writing checkpoints is no
+    training time.
 
-    The running sums travel in the checkpoints, so a resumed run logs the same losses as an uninterrupted one.
+    The running sums travel in the checkpoints, so a resumed run logs the same losses as an uninterrupted one, and its
+    seconds go on.
     """
 
     def __init__(self, *args: Any, run: RunDirectory, topology: RegrowCallback | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run, self.topology = run, topology
+        if topology is not None:
+            topology.on_update = self._log_updates
         self.sums = dict.fromkeys(_SUMS, 0.0)
+        self._before = {"tokens": 0, "seconds": 0.0}
+        self._training, self._stopped_at = False, 0.0
         self._start_clock()
 
     def _start_clock(self) -> None:
         self._tokens, self._waited, self._since = 0, 0.0, time.perf_counter()
 
+    def _totals(self) -> dict[str, Any]:
+        """Tokens and seconds of training so far, over all restarts."""
+        now = self._stopped_at or time.perf_counter()
+        seconds = now - self._since if self._training else 0.0
+        return {
+            "tokens": self._before["tokens"] + self._tokens,
+            "seconds": round(self._before["seconds"] + seconds, 3),
+        }
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        self._stopped_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - self._stopped_at
+            self._stopped_at = 0.0
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._training:  # what came before was preparation
+            self._training = True
+            self._start_clock()
         started = time.perf_counter()
         batches = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - started
@@ -56,32 +87,41 @@ class PretrainingTrainer(SafeTrainer):
         return None  # the loss is a mean over the batch; the Trainer divides it by the accumulation steps
 
     def extra_state(self) -> dict[str, Any]:
-        return {"sums": self.sums}
+        return {"sums": self.sums, "totals": self._totals()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.sums = {name: float(state["sums"][name]) for name in _SUMS}
+        self._before |= state.get("totals", {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._clock_stopped():
+            super()._save_checkpoint(model, trial)
+
+    def _log_updates(self, records: list[UpdateRecord]) -> None:
+        self.run.log_updates(records, self._totals())
+        super().log({f"update_{name}": value for name, value in mean_record(records).items()})  # for trackers
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            totals = self._totals()
             logs = {**self._take_means(), **{name: logs[name] for name in ("learning_rate", "grad_norm")}}
             if self.topology is not None and self.topology.updater is not None:
                 logs["coverage"] = self.topology.updater.coverage
-            self.run.log_metrics({"step": self.state.global_step, **logs})
+            self.run.log_metrics({"step": self.state.global_step, **totals, **logs})
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         dataset = self.eval_dataset
         assert isinstance(dataset, PairDataset)
-        started = time.perf_counter()
-        metrics = evaluate_pretraining(
-            self.accelerator.unwrap_model(self.model),
-            dataset,
-            collate_fn=dataset.collate,
-            batch_size=self.args.eval_batch_size,
-        )
+        with self._clock_stopped():
+            metrics = evaluate_pretraining(
+                self.accelerator.unwrap_model(self.model),
+                dataset,
+                collate_fn=dataset.collate,
+                batch_size=self.args.eval_batch_size,
+            )
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
-        self.run.log_metrics({"step": self.state.global_step, **metrics})
-        self._since += time.perf_counter() - started  # evaluation is not training time
+        self.run.log_metrics({"step": self.state.global_step, **self._totals(), **metrics})
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # it clears should_evaluate
         return metrics
@@ -92,6 +132,7 @@ class PretrainingTrainer(SafeTrainer):
         seconds = max(time.perf_counter() - self._since, 1e-9)
         speed = {"tokens_per_second": self._tokens / seconds, "data_wait": self._waited / seconds}
         self.sums = dict.fromkeys(_SUMS, 0.0)
+        self._before = self._totals()
         self._start_clock()
         return {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, **speed}
 
