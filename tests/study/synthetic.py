@@ -84,14 +84,16 @@ def _loss(config: dict[str, Any], per_sequence: float) -> float:
     if config["method"] == "static":
         return loss + 0.01 * math.copysign(1, noise)
     loss -= 0.30 - 0.05 * math.log2(config["block_size"])
-    loss += 0.02 * math.log2(config["n_updates"] / 40) ** 2 + {"l1": 0.0, "l2": 0.02, "linf": 0.04}[config["norm"]]
+    loss += (
+        0.02 * math.log2((config["n_updates"] or 20) / 40) ** 2 + {"l1": 0.0, "l2": 0.02, "linf": 0.04}[config["norm"]]
+    )
     if config["method"] == "rigl":
         loss += 0.05
     return loss + (0.1 if config["group_lasso"] else 0.0)
 
 
 def _topology(config: dict[str, Any]) -> dict[str, Any]:
-    n, steps = config["n_updates"], config["steps"]
+    n, steps = config["n_updates"] or 20, config["steps"]
     reach = 0.35 if config["method"] == "rigl" else 0.9
     fraction = [config["drop_fraction"] * (1 + math.cos(math.pi * i / n)) / 2 for i in range(1, n)]
     updates = [

@@ -1,7 +1,7 @@
 """From runs to comparisons: seeds together, the best learning rate, pairs of the same seed, the dense family.
 
 Two configurations are compared seed by seed where they share seeds: what the seeds have in common, above all the data
-and its masks, is gone from the difference. Against the dense family that means: interpolate the dense runs of each seed.
+and its masks, is gone from the difference. Against the dense family, the dense runs of each seed are interpolated.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def best_learning_rates(found: Sequence[Configuration]) -> list[Tuned]:
     groups: dict[Key, list[Configuration]] = defaultdict(list)
     for configuration in found:
         if configuration.loss is not None:
-            groups[configuration.key_without("learning_rate", "lr_rule", "lr_scope", "base_width")].append(configuration)
+            groups[configuration.key_without("learning_rate", "lr_rule", "lr_scope", "base_width")].append(
+                configuration
+            )
     tuned = []
     for group in groups.values():
         most = max(len(c.losses) for c in group)
@@ -131,7 +133,7 @@ def best_learning_rates(found: Sequence[Configuration]) -> list[Tuned]:
 
 
 def difference(a: Configuration, b: Configuration) -> Estimate | None:
-    """Loss of ``a`` minus that of ``b``: paired by seed where they share one, else of the means, without an interval."""
+    """Loss of ``a`` minus that of ``b``: paired by seed where they share one, else of means, without an interval."""
     shared = [seed for seed in a.losses if seed in b.losses]
     if shared:
         return estimate([a.losses[seed] - b.losses[seed] for seed in shared])

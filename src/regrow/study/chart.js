@@ -48,10 +48,16 @@ function logTicks(low, high, wanted) {
   return ticks;
 }
 
-/** The range of numbers, with a margin, and of one number too. */
-function range(values, log) {
+/** Least and greatest; Math.min takes no long lists. */
+function extremes(values) {
   let low = Infinity, high = -Infinity;
   for (const v of values) { if (v < low) low = v; if (v > high) high = v; }
+  return [low, high];
+}
+
+/** The range of numbers, with a margin, and of one number too. */
+function range(values, log) {
+  const [low, high] = extremes(values);
   if (log) return low === high ? [low / 1.5, high * 1.5] : [low * (low / high) ** 0.06, high * (high / low) ** 0.06];
   const pad = low === high ? Math.abs(low) * 0.1 || 1 : (high - low) * 0.05;
   return [low - pad, high + pad];
@@ -74,8 +80,8 @@ function drawChart(host, { lines = [], dots = [], log = false, xTitle, yTitle, n
     return;
   }
   const width = Math.max(200, host.clientWidth), height = Math.max(140, host.clientHeight);
-  const box = { left: 52, right: width - 12, top: 10, bottom: height - 40 };
-  const [x0, x1] = range(all.map((p) => p[0]), log);
+  const box = { left: 52, right: width - 16, top: 10, bottom: height - 40 };
+  const xs = all.map((p) => p[0]), [x0, x1] = log ? range(xs, true) : [Math.min(0, extremes(xs)[0]), extremes(xs)[1] || 1];
   const heights = (yFrom ? yFrom(lines) : []).filter((y) => y !== null && y !== undefined);
   const ends = dots.flatMap((d) => [d.low, d.high]).filter((y) => y !== null && y !== undefined);
   const [y0, y1] = range((heights.length ? heights : all.map((p) => p[1])).concat(ends), false);
@@ -87,12 +93,11 @@ function drawChart(host, { lines = [], dots = [], log = false, xTitle, yTitle, n
   const clip = element("clipPath", { id: `clip-${host.id}` });
   clip.append(element("rect", { x: box.left, y: box.top, width: box.right - box.left, height: box.bottom - box.top }));
   svg.append(clip);
-  for (const y of linearTicks(y0, y1, Math.max(2, (box.bottom - box.top) / 50))) {
+  for (const y of linearTicks(y0, y1, Math.max(3, (box.bottom - box.top) / 50))) {
     svg.append(element("line", { class: "grid", x1: box.left, x2: box.right, y1: atY(y), y2: atY(y) }));
     svg.append(element("text", { x: box.left - 6, y: atY(y) + 4, "text-anchor": "end" }, shown(y, 4)));
   }
-  for (const x of (log ? logTicks : linearTicks)(Math.max(x0, log ? 0 : all.length ? Math.min(0, x0) : x0), x1, (box.right - box.left) / 75)) {
-    if (x < x0) continue;
+  for (const x of (log ? logTicks : linearTicks)(x0, x1, Math.max(3, (box.right - box.left) / 75))) {
     svg.append(element("line", { class: "base", x1: atX(x), x2: atX(x), y1: box.bottom, y2: box.bottom + 4 }));
     svg.append(element("text", { x: atX(x), y: box.bottom + 16, "text-anchor": "middle" }, shown(x, 3)));
   }
@@ -117,7 +122,10 @@ function drawChart(host, { lines = [], dots = [], log = false, xTitle, yTitle, n
       svg.append(element("line", { class: `whisker ${dot.kind}`, x1: x, x2: x, y1: atY(dot.low), y2: atY(dot.high) }));
     }
     svg.append(element("circle", { class: `dot ${dot.kind}`, cx: x, cy: y, r: 5 }));
-    if (dot.name) svg.append(element("text", { class: "name", x: x + 8, y: y - 6 }, dot.name));
+    if (dot.name) { // below to the left, where no point can be: only the frontier has names
+      const left = x - 7 * dot.name.length < box.left;
+      svg.append(element("text", { class: "name", x: x + (left ? -4 : -7), y: y + 17, "text-anchor": left ? "start" : "end" }, dot.name));
+    }
     targets.push({ x, y, of: dot, value: [dot.x, dot.y] });
   }
   host.append(svg);

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, DenseFamily, Tuned, along, difference, spearman
 from regrow.study.pareto import PAPER_LR_FIT, Estimate, fit_learning_rate_rule
-from regrow.study.runs import entries
+from regrow.study.patterns import spread
 
 Cell = str | int | float | None
 
@@ -114,7 +115,9 @@ def _against_dense(best: Sequence[Configuration]) -> Claim:
     if not found:
         claim.missing.append("runs of dynsparse and static with density 0.1 and block size 1")
     elif compared:
-        claim.findings.append(f"compared at {len(compared)} of the paper's 4 or more sizes: {', '.join(sorted(compared))}")
+        claim.findings.append(
+            f"compared at {len(compared)} of the paper's 4 or more sizes: {', '.join(sorted(compared))}"
+        )
     _compare_methods(claim, found)
     return claim
 
@@ -134,7 +137,9 @@ def _best_of_each(found: Iterable[Configuration]) -> list[Configuration]:
 def _compare_methods(claim: Claim, found: Sequence[Configuration]) -> None:
     """DynSparse minus static at the same size."""
     for static in (c for c in found if c.get("method") == "static"):
-        for dynamic in (c for c in found if c.get("method") == "dynsparse" and _same(c, static, "size", "density", "steps")):
+        for dynamic in (
+            c for c in found if c.get("method") == "dynsparse" and _same(c, static, "size", "density", "steps")
+        ):
             minus = difference(dynamic, static)
             claim.vote(minus, -1)
             claim.findings.append(f"{static.get('size')}: dynsparse minus static {_signed(minus)}")
@@ -221,7 +226,9 @@ def _exploration(best: Sequence[Configuration]) -> Claim:
         rank = spearman(pairs)
         if rank is not None:
             first = f"{group[0].first.family} at {group[0].get('size')}"
-            claim.findings.append(f"{first}: rank correlation of coverage and loss {rank:+.2f} over {len(pairs)} schedules")
+            claim.findings.append(
+                f"{first}: rank correlation of coverage and loss {rank:+.2f} over {len(pairs)} schedules"
+            )
             # a rank correlation of few schedules is weak evidence: it decides only together with the best run itself
             good, explored = group[0].coverage or 0.0, max(c.coverage or 0.0 for c in group)
             claim.votes.append(1 if rank < -0.5 and good > 0.9 * explored else -1 if rank > 0.5 else 0)
@@ -242,7 +249,7 @@ def _norms(best: Sequence[Configuration]) -> Claim:
         for norm, c in sorted(by_norm.items(), key=lambda item: item[0]):
             minus = difference(c, by_norm["l1"]) if norm != "l1" and "l1" in by_norm else None
             claim.rows.append([c.get("size"), c.get("block_size"), norm, shown(c.loss), _signed(minus)])
-        for better, worse in zip(order, order[1:], strict=False):
+        for better, worse in pairwise(order):
             if better in by_norm and worse in by_norm:
                 claim.vote(difference(by_norm[better], by_norm[worse]), -1)
             else:
@@ -270,9 +277,9 @@ def _group_lasso(best: Sequence[Configuration]) -> Claim:
                 [c.get("size"), c.get("block_size"), c.get("group_lasso"), c.get("weight_decay"), shown(c.loss),
                  _signed(minus)]
             )  # fmt: skip
-        minus = [difference(c, base) for c in with_lasso]
+        found = [difference(c, base) for c in with_lasso]
         # "does not beat": a lasso that is as good does not contradict it, one that is surely better does
-        claim.votes.append(-1 if any(m is not None and m.sign < 0 for m in minus) else _not_better(minus))
+        claim.votes.append(-1 if any(m is not None and m.sign < 0 for m in found) else _not_better(found))
     if not claim.rows:
         claim.missing.append("dynsparse with and without --group-lasso")
     return claim
@@ -302,7 +309,7 @@ def _block_size(best: Sequence[Configuration]) -> Claim:
             elif minus.sign:
                 side = "below" if minus.sign < 0 else "above"
                 claim.findings.append(f"block {c.get('block_size')} at {c.get('size')} is {side} dense at equal FLOPs")
-        for small, large in zip(group, group[1:], strict=False):
+        for small, large in pairwise(group):
             claim.vote(difference(large, small), 1)
     if not claim.rows:
         claim.missing.append("dynsparse at two or more block sizes and otherwise the same")
@@ -316,7 +323,9 @@ def _learning_rate(tuned: Sequence[Tuned]) -> Claim:
         ["size", "family", "sparsity", "best rate", "over dense", "by the rule", "rates tried", "at the edge"],
     )
     searched = [t for t in tuned if len(t.tried) > 1]
-    dense = {(t.best.get("size"), t.best.first.task): t.best.get("learning_rate") for t in searched if t.best.first.dense}
+    dense = {
+        (t.best.get("size"), t.best.first.task): t.best.get("learning_rate") for t in searched if t.best.first.dense
+    }
     pairs = []
     for t in (t for t in searched if not t.best.first.dense):
         c, s = t.best, 1 - t.best.get("density")
@@ -343,7 +352,8 @@ def _learning_rate(tuned: Sequence[Tuned]) -> Claim:
     else:
         a, b = PAPER_LR_FIT
         claim.findings.append(
-            f"fit of {fit.n} optima: exp({fit.a:.3f} s^2 + {fit.b:.3f} s), error {fit.residual:.3f} in log; paper: {a}, {b}"
+            f"fit of {fit.n} optima: exp({fit.a:.3f} s^2 + {fit.b:.3f} s), error {fit.residual:.3f} in log; "
+            f"paper: {a}, {b}"
         )
     return claim
 
@@ -360,61 +370,29 @@ def _collapse(best: Sequence[Configuration]) -> Claim:
         "Growth by gradient (RigL) collapses the explored space along the input dimension; random growth does not.",
         ["size", "family", "loss", "coverage", "input spread", "output spread"],
     )
-    for group in along(_sparse(best, "dynsparse", "rigl"), "method", "regrow_pruned", "growth", "group_lasso", "lasso_size"):
+    for group in along(
+        _sparse(best, "dynsparse", "rigl"), "method", "regrow_pruned", "growth", "group_lasso", "lasso_size"
+    ):
         by_method: dict[str, Configuration] = {}
         for c in group:
             by_method.setdefault(str(c.get("method")), c)
         for c in by_method.values():
-            inputs, outputs = spread(c)
+            inputs, outputs = spread(c.runs)
             claim.rows.append([c.get("size"), c.first.family, shown(c.loss), c.coverage, inputs, outputs])
         if len(by_method) == 2:
             rigl, random = by_method["rigl"], by_method["dynsparse"]
-            (rigl_in, _), (random_in, _) = spread(rigl), spread(random)
+            (rigl_in, _), (random_in, _) = spread(rigl.runs), spread(random.runs)
             if rigl.coverage is not None and random.coverage is not None:
                 less = rigl.coverage < 0.9 * random.coverage
                 claim.votes.append(1 if less else -1)
-                claim.findings.append(f"coverage {rigl.coverage:.3f} with rigl, {random.coverage:.3f} with random growth")
+                claim.findings.append(
+                    f"coverage {rigl.coverage:.3f} with rigl, {random.coverage:.3f} with random growth"
+                )
             if rigl_in is None or random_in is None:
                 claim.missing.append("pattern pictures of both methods, to tell input from output dimension")
     if not any("coverage" in text for text in claim.findings):
         claim.missing.append("rigl and dynsparse with topology logs and otherwise the same")
     return claim
-
-
-def spread(configuration: Configuration) -> tuple[float | None, float | None]:
-    """How evenly the last patterns use inputs and outputs, mean over layers and seeds: 1 is evenly.
-
-    The participation ratio ``(sum p)^2 / (n sum p^2)`` of the counts per input (column) or output (row).
-    """
-    inputs, outputs = [], []
-    for run in configuration.runs:
-        patterns = run.record.get("patterns")
-        for layer in patterns if isinstance(patterns, dict) else ():
-            moments = entries(patterns, layer)
-            counts = moments[-1].get("counts") if moments else None
-            if is_picture(counts):
-                outputs.append(_participation([sum(row) for row in counts]))
-                inputs.append(_participation([sum(column) for column in zip(*counts, strict=True)]))
-    return _mean(inputs), _mean(outputs)
-
-
-def is_picture(counts: object) -> bool:
-    """Whether this is a rectangle of finite, non-negative numbers, small enough to draw."""
-    if not isinstance(counts, list) or not 0 < len(counts) <= 64 or not all(isinstance(row, list) for row in counts):
-        return False
-    cells = [cell for row in counts for cell in row]
-    one_width = 0 < len(counts[0]) <= 64 and {len(row) for row in counts} == {len(counts[0])}
-    return one_width and all(type(cell) in (int, float) and 0 <= cell < float("inf") for cell in cells)
-
-
-def _participation(counts: Sequence[float]) -> float | None:
-    squares = sum(count * count for count in counts)
-    return sum(counts) ** 2 / (len(counts) * squares) if squares else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _freezing(every: Sequence[Configuration]) -> Claim:

@@ -5,6 +5,7 @@ Each is written as PNG and SVG, without a plotting window. ``docs/report.md`` sa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, best_learning_rates, configurations, frontier_members
-from regrow.study.claims import is_picture
+from regrow.study.patterns import pictures
 from regrow.study.report import family_order
 from regrow.study.runs import Run, entries, number
 
@@ -21,9 +22,11 @@ COLORS = ("#0b0b0b", "#2a78d6", "#1baf7a", "#eda100", "#008300", "#4a3aa7", "#e3
 _OTHER = "#898781"
 _STYLE = {
     "font.size": 9,
+    "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e1e0d9",
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -33,22 +36,25 @@ _KINDS = ("png", "svg")
 
 
 def write_figures(runs: Sequence[Run], folder: str | Path) -> list[Path]:
-    """Draw what the runs have: ``pareto``, ``curves``, ``topology``, ``patterns-ID``; returns the files.
+    """Draw what the runs have: ``pareto``, ``curves``, ``topology``, ``patterns``; returns the files.
+
+    Losses of different tasks (data, vocabulary, length) do not belong in one picture: of several tasks, the one with
+    the most runs is drawn.
 
     Raises:
         RegrowError: matplotlib is not installed, or the folder cannot be written.
     """
     with _matplotlib() as figure_class:
         folder = Path(folder)
+        task, _ = Counter(run.task for run in runs).most_common(1)[0]
+        runs = [run for run in runs if run.task == task]
         every = configurations(runs)
         tuned = [t.best for t in best_learning_rates(every)]
-        colors = {
-            family: COLORS[i] if i < len(COLORS) else _OTHER for i, family in enumerate(family_order(every))
-        }
+        colors = {family: COLORS[i] if i < len(COLORS) else _OTHER for i, family in enumerate(family_order(every))}
         figures = {"pareto": _pareto(figure_class, tuned, colors), "curves": _curves(figure_class, runs, colors)}
         if any(run.updates for run in runs):
             figures["topology"] = _topology(figure_class, runs, colors)
-        pictured = next((run for run in runs if not run.dense and _pictures(run)), None)
+        pictured = next((run for run in runs if not run.dense and pictures(run)), None)
         if pictured is not None:
             figures["patterns"] = _patterns(figure_class, pictured)
         written = []
@@ -78,13 +84,15 @@ def _matplotlib() -> Iterator[Any]:
 
 def _pareto(figure_class: Any, tuned: Sequence[Configuration], colors: dict[str, str]) -> Any:
     """Loss against FLOPs and seconds, side by side."""
-    figure = figure_class(figsize=(7.2, 3.2), layout="constrained")
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    figure = figure_class(figsize=(7.2, 3.2))
     for axes, cost, title in zip(
         figure.subplots(1, 2, sharey=True), ("flops", "seconds"), ("training FLOPs", "training seconds"), strict=True
     ):
-        front = [point for c in _one_task(frontier_members, tuned, cost) if (point := c.point(cost))]
+        front = [point for c in frontier_members(tuned, cost) if (point := c.point(cost))]
         if front:
-            axes.plot(*zip(*front, strict=True), color="#c3c2b7", linewidth=5, zorder=1)
+            axes.plot(*zip(*front, strict=True), color="#c3c2b7", linewidth=4, zorder=1, drawstyle="steps-post")
         for family, color in colors.items():
             members = [c for c in tuned if c.first.family == family and c.point(cost)]
             members.sort(key=lambda c: c.point(cost) or (0.0, 0.0))
@@ -93,6 +101,9 @@ def _pareto(figure_class: Any, tuned: Sequence[Configuration], colors: dict[str,
                 bars = [(c.loss.half_width or 0.0) if c.loss else 0.0 for c in members]
                 axes.errorbar(x, y, yerr=bars, color=color, marker="o", markersize=4, linewidth=1, label=family)
         axes.set(xlabel=title, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if not axes.has_data():
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=_OTHER)
     figure.axes[0].set_ylabel("held-out MLM loss")
@@ -100,14 +111,9 @@ def _pareto(figure_class: Any, tuned: Sequence[Configuration], colors: dict[str,
     return figure
 
 
-def _one_task(frontier: Any, tuned: Sequence[Configuration], cost: str) -> list[Configuration]:
-    """The frontier of the first task: losses of different tasks are not compared."""
-    return frontier([c for c in tuned if c.first.task == tuned[0].first.task], cost) if tuned else []
-
-
 def _curves(figure_class: Any, runs: Sequence[Run], colors: dict[str, str]) -> Any:
-    """Training MLM loss by steps, FLOPs' share of it and seconds; the first twentieth runs out of the picture."""
-    figure = figure_class(figsize=(7.2, 3.0), layout="constrained")
+    """Training MLM loss by steps, tokens and seconds; the first tenth runs out of the picture."""
+    figure = figure_class(figsize=(7.2, 3.0))
     settled: list[float] = []
     for axes, axis in zip(figure.subplots(1, 3, sharey=True), ("step", "tokens", "seconds"), strict=True):
         for run in runs:
@@ -115,7 +121,7 @@ def _curves(figure_class: Any, runs: Sequence[Run], colors: dict[str, str]) -> A
             points = [(x, y) for x, y in rows if x is not None and y is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colors[run.family], linewidth=0.8, label=run.family)
-                settled += [y for _, y in points[len(points) // 20 :]]
+                settled += [y for _, y in points[len(points) // 10 :]]
         axes.set_xlabel(axis)
     if settled:
         margin = 0.05 * (max(settled) - min(settled)) or 0.1
@@ -126,7 +132,7 @@ def _curves(figure_class: Any, runs: Sequence[Run], colors: dict[str, str]) -> A
 
 
 def _topology(figure_class: Any, runs: Sequence[Run], colors: dict[str, str]) -> Any:
-    figure = figure_class(figsize=(7.2, 2.8), layout="constrained")
+    figure = figure_class(figsize=(7.2, 2.8))
     for axes, name in zip(figure.subplots(1, 3), ("coverage", "churn", "fresh_removed"), strict=True):
         for run in runs:
             points = [(number(row, "step"), number(row, name)) for row in run.updates]
@@ -140,37 +146,25 @@ def _topology(figure_class: Any, runs: Sequence[Run], colors: dict[str, str]) ->
 
 def _legend(figure: Any) -> None:
     """One for all axes, a line per family."""
-    found = dict(
-        pair[::-1] for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)
-    )
+    found = dict(pair[::-1] for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True))
     if found:
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(4, len(found)))
 
 
-def _pictures(run: Run) -> dict[str, list[Any]]:
-    patterns = run.record.get("patterns")
-    layers = patterns if isinstance(patterns, dict) else {}
-    found = {
-        name: [(number(m, "step"), m["counts"]) for m in entries(patterns, name) if is_picture(m.get("counts"))]
-        for name in layers
-    }
-    return {name: moments for name, moments in found.items() if moments}
-
-
 def _patterns(figure_class: Any, run: Run) -> Any:
     """A row per layer, at most twelve, and a column per moment: darker where more blocks are."""
-    layers = dict(list(_pictures(run).items())[:12])
+    layers = dict(list(pictures(run).items())[:12])
     columns = max(len(moments) for moments in layers.values())
-    figure = figure_class(figsize=(1.3 * columns + 1.6, 1.3 * len(layers) + 0.4), layout="constrained")
+    figure = figure_class(figsize=(1.3 * columns + 1.6, 1.3 * len(layers) + 0.4))
     grid = figure.subplots(len(layers), columns, squeeze=False)
     for row, (name, moments) in zip(grid, layers.items(), strict=True):
-        most = max(max(map(max, counts)) for _, counts in moments) or 1
+        most = max(max(map(max, moment["counts"])) for moment in moments) or 1
         for axes in row:
-            axes.axis("off")
-        for axes, (step, counts) in zip(row, moments, strict=False):
-            axes.imshow(counts, cmap="Blues", vmin=0, vmax=most, interpolation="nearest", aspect="auto")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for axes, moment in zip(row, moments, strict=False):
+            step = moment["step"]
+            axes.imshow(moment["counts"], cmap="Blues", vmin=0, vmax=most, interpolation="nearest", aspect="auto")
             axes.set_title(f"step {step:g}" if step is not None else "", fontsize=7)
-        row[0].axis("on")
-        row[0].set(xticks=[], yticks=[])
         row[0].set_ylabel(name.replace("bert.encoder.layer.", "layer "), fontsize=6, rotation=0, ha="right")
     return figure

@@ -53,6 +53,9 @@ function head() {
   }));
 }
 
+/** The least loss for at most a cost: it holds until the next point on the frontier. */
+const stairs = (points) => points.flatMap(([x, y], i) => i ? [[x, points[i - 1][1]], [x, y]] : [[x, y]]);
+
 function pareto(cost, host, xTitle) {
   const shownGroups = new Set(data.runs.filter(visible).map((run) => run.group));
   const usable = (g) => g.task === state.task && g.loss && g[cost] > 0;
@@ -61,7 +64,7 @@ function pareto(cost, host, xTitle) {
   const chosen = data.groups.filter((g, i) => g.best && usable(g) && shownGroups.has(i)).sort(ascending);
   const lines = [];
   const frontier = data.groups.filter((g) => usable(g) && g.frontier[cost]).sort(ascending);
-  if (frontier.length > 1 && chosen.length) lines.push({ points: frontier.map(point), kind: "frontier" });
+  if (frontier.length > 1 && chosen.length) lines.push({ points: stairs(frontier.map(point)), kind: "frontier" });
   for (const key of new Set(chosen.map((g) => `${g.family}|${g.steps}`))) {
     // one per size: several configurations of a size would make the line run to and fro
     const sizes = new Map();
@@ -89,7 +92,7 @@ function curves() {
     kind: kind(run.family), label: `${run.label}, seed ${run.seed}`, onClick: () => details(run),
   }));
   // The fall at the start is much larger than all differences after it: it runs out of the picture.
-  const settled = (drawn) => drawn.flatMap((line) => line.points.slice(Math.floor(line.points.length / 20)).map((p) => p[1]));
+  const settled = (drawn) => drawn.flatMap((line) => line.points.slice(Math.floor(line.points.length / 10)).map((p) => p[1]));
   drawChart(byId("curves"), { lines, xTitle: AXES[state.axis], yTitle: title, name: `${title} by ${AXES[state.axis]}`, yFrom: settled, empty: `no run here logged this by ${AXES[state.axis]}` });
 }
 
@@ -116,7 +119,7 @@ function pictures() {
   byId("pictures").replaceChildren(...Object.entries(run.patterns).map(([layer, moments]) => {
     const row = element("div", { class: "layer" });
     const most = Math.max(1e-9, ...moments.flatMap((moment) => moment.counts.flat()));
-    row.append(element("span", {}, layer));
+    row.append(element("span", {}, layer.replace("bert.encoder.layer.", "layer ")));
     row.append(...moments.map((moment) => {
       const figure = element("figure");
       figure.append(picture(moment.counts, most, `${layer}, step ${moment.step}`), `step ${shown(moment.step)}`);

@@ -20,7 +20,8 @@ from typing import Any
 from regrow import __version__
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, Tuned, best_learning_rates, configurations, frontier_members
-from regrow.study.claims import claims, is_picture
+from regrow.study.claims import claims
+from regrow.study.patterns import pictures
 from regrow.study.runs import Key, Run, entries, number
 
 MAX_POINTS = 400
@@ -216,7 +217,7 @@ def _run_data(run: Run, group: int, label: str, task: int) -> dict[str, Any]:
         "curve": curve,
         "evaluations": evaluations,
         "updates": _columns(list(run.updates), ("step", *_UPDATES)),
-        "patterns": _patterns(record.get("patterns")),
+        "patterns": pictures(run),
         "layers": _mapping(record.get("topology"), "layers"),
         **{name: _mapping(record, name) for name in ("config", "spec", "machine", "versions", "final")},
     }
@@ -240,17 +241,3 @@ def _rounded(value: float | None) -> float | None:
     if value is None or value == int(value):
         return None if value is None else int(value)
     return float(f"{value:.6g}")
-
-
-def _patterns(patterns: Any) -> dict[str, list[dict[str, Any]]]:
-    if not isinstance(patterns, Mapping):
-        return {}
-    kept = {
-        str(layer): [
-            {"step": number(moment, "step"), "counts": moment["counts"]}
-            for moment in entries(patterns, layer)
-            if is_picture(moment.get("counts"))
-        ]
-        for layer in patterns
-    }
-    return {layer: moments for layer, moments in kept.items() if moments}

@@ -20,7 +20,7 @@ FORMAT = 1
 
 # What can change neither the training nor its evaluation.
 _BYSTANDERS = frozenset(
-    "output seed workers logging_steps save_steps keep_checkpoints eval_steps report_to overwrite resume".split()
+    ("output", "seed", "workers", "logging_steps", "save_steps", "keep_checkpoints", "eval_steps", "report_to")
 )
 # What decides whether two losses are of the same task.
 TASK = (
@@ -35,8 +35,11 @@ TASK = (
     "eval_sequences",
 )
 # What a dense run, or one whose pattern rests, does not use.
-_TOPOLOGY = frozenset("n_updates drop_fraction decay final_fraction stop_updates block_warmup block_steps".split())
-_SPARSE = _TOPOLOGY | frozenset("density block_size distribution method lr_rule lr_scope base_width".split())
+_TOPOLOGY = frozenset(
+    ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates", "block_warmup", "block_steps")
+)
+_RULE = frozenset(("lr_rule", "lr_scope", "base_width"))
+_SPARSE = _TOPOLOGY | _RULE | frozenset(("density", "block_size", "distribution", "method"))
 
 Key = tuple[tuple[str, str], ...]
 
@@ -46,7 +49,8 @@ class Run:
     """One record, with names for what is asked of it again and again.
 
     Example:
-        >>> run = Run({"id": "a", "config": {"dense": True, "size": "tiny", "seed": 3}, "final": {"eval_mlm_loss": 2.5}})
+        >>> config = {"dense": True, "size": "tiny", "seed": 3}
+        >>> run = Run({"id": "a", "config": config, "final": {"eval_mlm_loss": 2.5}})
         >>> run.method, run.density, run.family, run.seed, run.loss, run.seconds
         ('dense', 1.0, 'dense', 3, 2.5, None)
     """
@@ -124,8 +128,9 @@ class Run:
 
     @property
     def updates(self) -> Sequence[Mapping[str, Any]]:
-        """Topology updates, means over the layers."""
-        return entries(self.record, "topology", "updates")
+        """Topology updates, means over the layers; no share of fresh blocks in the first, before which none came."""
+        first, *rest = entries(self.record, "topology", "updates") or [{}]
+        return [{name: value for name, value in first.items() if name != "fresh_removed"}, *rest] if first else rest
 
     @property
     def coverage(self) -> float | None:
@@ -135,8 +140,7 @@ class Run:
     @property
     def fresh_removed(self) -> float | None:
         """Share of removed blocks that the update before had allocated, mean over updates but the first."""
-        # no update came before the first one, so its share is zero whatever the method
-        shares = [number(update, "fresh_removed") for update in self.updates[1:]]
+        shares = [number(update, "fresh_removed") for update in self.updates]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if known else None
 
@@ -170,6 +174,8 @@ class Run:
     def key(self) -> Key:
         """Everything that can change the result but the seed."""
         unused = _BYSTANDERS | (_SPARSE if self.dense else _TOPOLOGY if self.method == "static" else frozenset())
+        if number(self.config, "learning_rate") is not None:  # it is then that of every parameter
+            unused |= _RULE
         config = {name: value for name, value in self.config.items() if name not in unused}
         if self.dense:  # options of the method that a dense model does not have
             known = _dense_fields()
@@ -232,8 +238,8 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
     """
     found: dict[str, Run] = {}
     broken: list[str] = []
-    paths = [Path(path) for path in paths]
-    for path in paths:
+    places = [Path(path) for path in paths]
+    for path in places:
         files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         for file in files:
             try:
@@ -248,10 +254,12 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
                     raise RegrowError(f"{file} is no run record: it has no 'id', 'format' and 'config'")
                 continue
             if document["format"] != FORMAT:
-                raise RegrowError(f"{file} is of format {document['format']!r}, this regrow reads {FORMAT}: update regrow")
+                raise RegrowError(
+                    f"{file} is of format {document['format']!r}, this regrow reads {FORMAT}: update regrow"
+                )
             found.setdefault(str(document["id"]), Run(document))
     if not found:
-        raise RegrowError(f"no run record in {', '.join(map(str, paths)) or 'nothing'}; give files or folders of them")
+        raise RegrowError(f"no run record in {', '.join(map(str, places)) or 'nothing'}; give files or folders of them")
     return list(found.values()), broken
 
 
