@@ -16,7 +16,7 @@ from regrow.study.analysis import (
 )
 from regrow.study.claims import Claim, claims
 from regrow.study.pareto import Estimate
-from regrow.study.patterns import spread
+from regrow.study.pictures import spread
 from regrow.study.runs import Run, read_runs
 from study import synthetic
 
@@ -119,6 +119,16 @@ def test_defaults_are_resolved() -> None:
         synthetic.record("mini", learning_rate=left.learning_rate, lr_rule="supar", lr_scope="all"),
     )
     assert given.key == ruled.key != left.key
+
+
+def test_a_size_is_the_same_by_its_name_and_by_its_numbers() -> None:
+    named, numbered = runs_of(synthetic.record("mini"), synthetic.record("4/256/4"))
+    assert named.size == numbered.size == "mini"
+    rate = {"learning_rate": 1e-3}  # else the name has a tuned rate of its own
+    assert len({Run(synthetic.record(size, **rate)).key for size in ("mini", "4/256/4")}) == 1
+    assert Run({"id": 1, "config": {"size": "2/128"}}).size == "tiny"
+    assert Run({"id": 1, "config": {"size": "3/192"}}).size == "3/192/3"
+    assert Run({"id": 1, "config": {"size": "what"}}).size == "what"
 
 
 def test_the_best_learning_rate_is_chosen_among_those_with_most_seeds() -> None:

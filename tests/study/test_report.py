@@ -66,9 +66,9 @@ def test_labels_name_what_differs_and_no_more() -> None:
     found.append(Run(synthetic.record(block_size=16)))
     labels = [group["label"] for group in report_data(found)["groups"]]
     assert labels == [
-        "2/128/2 dynsparse b=1 d=0.1 n_updates=10",
-        "2/128/2 dynsparse b=1 d=0.1 n_updates=20",
-        "2/128/2 dynsparse b=16 d=0.1",
+        "tiny dynsparse b=1 d=0.1 n_updates=10",
+        "tiny dynsparse b=1 d=0.1 n_updates=20",
+        "tiny dynsparse b=16 d=0.1",
     ]
 
 

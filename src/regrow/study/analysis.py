@@ -65,7 +65,7 @@ class Configuration:
 
     def get(self, name: str) -> Any:
         """A value of the shared configuration; what the run resolves itself comes resolved."""
-        resolved = {"learning_rate", "n_updates", "method", "density", "block_size", "size"}
+        resolved = {"learning_rate", "n_updates", "method", "density", "block_size", "size", "dropout"}
         return getattr(self.first, name) if name in resolved else self.first.config.get(name)
 
     def key_without(self, *names: str) -> Key:

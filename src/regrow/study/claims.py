@@ -14,7 +14,7 @@ from itertools import pairwise
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, DenseFamily, Tuned, along, difference, spearman
 from regrow.study.pareto import PAPER_LR_FIT, Estimate, fit_learning_rate_rule
-from regrow.study.patterns import spread
+from regrow.study.pictures import spread
 
 Cell = str | int | float | None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, best_learning_rates, configurations, frontier_members
-from regrow.study.patterns import pictures
+from regrow.study.pictures import pictures
 from regrow.study.report import family_order
 from regrow.study.runs import Run, entries, number
 

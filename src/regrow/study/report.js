@@ -179,7 +179,8 @@ function tableHead() {
 }
 
 function compare(a, b) {
-  const [x, y] = [a[state.sort], b[state.sort]];
+  const of = { size: (run) => run.weights, family: (run) => data.families.indexOf(run.family) }[state.sort] || ((run) => run[state.sort]);
+  const [x, y] = [of(a), of(b)];
   if (x === null || y === null) return (x === null) - (y === null); // what is not known stays below, either way up
   const order = typeof x === "string" ? x.localeCompare(y, "en", { numeric: true }) : x - y;
   return state.down ? -order : order;

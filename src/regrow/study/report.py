@@ -21,7 +21,7 @@ from regrow import __version__
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, Tuned, best_learning_rates, configurations, frontier_members
 from regrow.study.claims import claims
-from regrow.study.patterns import pictures
+from regrow.study.pictures import pictures
 from regrow.study.runs import Key, Run, entries, number
 
 MAX_POINTS = 400
@@ -145,8 +145,10 @@ def report_data(runs: Sequence[Run], *, title: str = "Runs", notes: Sequence[str
 
 
 def family_order(every: Iterable[Configuration]) -> list[str]:
-    """Families in the order of their colours: dense first, then by name."""
-    return sorted({c.first.family for c in every}, key=lambda name: (name != "dense", name))
+    """Families in the order of their colours: dense first, then by method, block edge and density."""
+    runs = {c.first.family: c.first for c in every}
+    by_kind = sorted(runs.values(), key=lambda run: (not run.dense, run.method, run.block_size or 0, run.density))
+    return [run.family for run in by_kind]
 
 
 def _frontiers(tuned: Iterable[Tuned], tasks: Iterable[Key], cost: str) -> set[int]:
@@ -200,6 +202,7 @@ def _run_data(run: Run, group: int, label: str, task: int) -> dict[str, Any]:
         "task": task,
         "family": run.family,
         "size": run.size,
+        "weights": run.weights,
         "method": run.method,
         "density": run.density,
         "block": run.block_size,

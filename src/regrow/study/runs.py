@@ -77,10 +77,37 @@ class Run:
         """Whether this is the dense baseline."""
         return bool(self.config.get("dense", False))
 
-    @property
+    @cached_property
     def size(self) -> str:
-        """The size's name, or ``LAYERS/HIDDEN/HEADS``."""
-        return str(self.config.get("size", "unknown"))
+        """The size's name, or ``LAYERS/HIDDEN/HEADS``, in one way whichever it was given in."""
+        from regrow.bert.sizes import SIZES, size_named
+
+        given = str(self.config.get("size", "unknown"))
+        try:
+            size = size_named(given)
+        except RegrowError:
+            return given
+        shapes = {(known.layers, known.hidden, known.heads): name for name, known in SIZES.items()}
+        shape = (size.layers, size.hidden, size.heads)
+        return shapes.get(shape, "/".join(map(str, shape)))
+
+    @property
+    def weights(self) -> int | None:
+        """Elements of the encoder's linear weights when dense."""
+        from regrow.bert.sizes import size_named
+
+        try:
+            return size_named(self.size).encoder_weights
+        except RegrowError:
+            return None
+
+    @property
+    def dropout(self) -> float | None:
+        """The given one, or what the size has by the name it was given by."""
+        from regrow.bert.sizes import SIZES
+
+        given, named = number(self.config, "dropout"), SIZES.get(str(self.config.get("size")))
+        return given if given is not None else named.dropout if named else 0.0
 
     @property
     def method(self) -> str:
@@ -162,7 +189,7 @@ class Run:
         from regrow.optim import sparse_learning_rate
 
         try:
-            size = size_named(self.size)
+            size = size_named(str(self.config.get("size")))
             base = number(self.config, "base_width")
             ratio = 1.0 if base is None else size.hidden / base
             rule: Any = self.config.get("lr_rule", "eq3")
@@ -181,7 +208,7 @@ class Run:
             known = _dense_fields()
             config = {name: value for name, value in config.items() if name in known}
         config["learning_rate"] = self.learning_rate
-        config["dense"] = self.dense
+        config |= {"dense": self.dense, "size": self.size, "dropout": self.dropout}
         if "n_updates" in config:
             config["n_updates"] = self.n_updates
         return tuple(sorted((name, json.dumps(value, sort_keys=True)) for name, value in config.items()))
