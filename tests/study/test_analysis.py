@@ -14,7 +14,8 @@ from regrow.study.analysis import (
     frontier_members,
     spearman,
 )
-from regrow.study.claims import Claim, claims
+from regrow.study.claim import Claim
+from regrow.study.claims import claims
 from regrow.study.pareto import Estimate
 from regrow.study.pictures import spread
 from regrow.study.runs import Run, read_runs
@@ -228,6 +229,20 @@ def test_a_reversed_order_of_norms_contradicts() -> None:
         for run in with_losses({0: loss, 1: loss + 0.001}, norm=norm, block_size=16)
     ]
     assert table(runs)["C5"].verdict == "contradicted"
+
+
+def test_methods_are_compared_whatever_options_each_has() -> None:
+    found = runs_of(
+        synthetic.record(patterns=True, growth="random"),
+        synthetic.record(patterns=True, method="rigl", regrow_pruned=True),
+    )
+    claim = table(found)["C9"]
+    assert claim.verdict == "supported" and len(claim.rows) == 2
+    assert "spread over inputs 0." in claim.findings[0]
+    fewer = [Run(run.record | {"patterns": {}}) for run in found]
+    assert table(fewer)["C9"].verdict == "undecided" and "pictures" in table(fewer)["C9"].missing[0]
+    spread_of = {str(family).split()[0]: inputs for _, family, _, _, inputs, _ in claim.rows}
+    assert spread_of["rigl"] < 0.3 < 0.9 < spread_of["dynsparse"]
 
 
 def test_votes() -> None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from regrow.study.pareto import Estimate, Point, estimate, loss_at, pareto_frontier, reduction_at_equal_loss
-from regrow.study.runs import Key, Run
+from regrow.study.runs import TRAINING_FIELDS, Key, Run
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,23 @@ def frontier_members(found: Sequence[Configuration], cost: str) -> list[Configur
 
 
 def along(
-    found: Iterable[Configuration], *names: str, keep: Callable[[Configuration], bool] = lambda _: True
+    found: Iterable[Configuration],
+    *names: str,
+    keep: Callable[[Configuration], bool] = lambda _: True,
+    methods: bool = False,
 ) -> list[list[Configuration]]:
-    """Groups of at least two configurations that differ in nothing but ``names`` and the learning rate."""
+    """Groups of at least two configurations that differ in nothing but ``names`` and the learning rate.
+
+    With ``methods`` they may also differ in method and its options.
+    """
     groups: Mapping[Key, list[Configuration]] = defaultdict(list)
     rate = ("learning_rate", "lr_rule", "lr_scope", "base_width")
     for configuration in found:
         if keep(configuration):
-            groups[configuration.key_without(*names, *rate)].append(configuration)
+            key = configuration.key_without(*names, *rate)
+            if methods:
+                key = tuple((name, value) for name, value in key if name in TRAINING_FIELDS - {"method"})
+            groups[key].append(configuration)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -83,8 +83,11 @@ function drawChart(host, { lines = [], dots = [], log = false, xTitle, yTitle, n
   const box = { left: 52, right: width - 16, top: 10, bottom: height - 40 };
   const xs = all.map((p) => p[0]), [x0, x1] = log ? range(xs, true) : [Math.min(0, extremes(xs)[0]), extremes(xs)[1] || 1];
   const heights = (yFrom ? yFrom(lines) : []).filter((y) => y !== null && y !== undefined);
-  const ends = dots.flatMap((d) => [d.low, d.high]).filter((y) => y !== null && y !== undefined);
-  const [y0, y1] = range((heights.length ? heights : all.map((p) => p[1])).concat(ends), false);
+  const ys = heights.length ? heights : all.map((p) => p[1]), [lowest, highest] = extremes(ys);
+  // an interval over two seeds can be wider than all differences: it may then run out of the picture
+  const reach = 0.3 * (highest - lowest) || Infinity, within = (y) => Math.max(lowest - reach, Math.min(highest + reach, y));
+  const ends = dots.flatMap((d) => [d.low, d.high]).filter((y) => y !== null && y !== undefined).map(within);
+  const [y0, y1] = range(ys.concat(ends), false);
   const part = log ? (x) => Math.log(x / x0) / Math.log(x1 / x0) : (x) => (x - x0) / (x1 - x0);
   const atX = (x) => box.left + part(x) * (box.right - box.left);
   const atY = (y) => box.bottom - ((y - y0) / (y1 - y0)) * (box.bottom - box.top);
@@ -119,7 +122,7 @@ function drawChart(host, { lines = [], dots = [], log = false, xTitle, yTitle, n
   for (const dot of dots) {
     const [x, y] = [atX(dot.x), atY(dot.y)];
     if (dot.low !== undefined && dot.low !== null) {
-      svg.append(element("line", { class: `whisker ${dot.kind}`, x1: x, x2: x, y1: atY(dot.low), y2: atY(dot.high) }));
+      inside.append(element("line", { class: `whisker ${dot.kind}`, x1: x, x2: x, y1: atY(dot.low), y2: atY(dot.high) }));
     }
     svg.append(element("circle", { class: `dot ${dot.kind}`, cx: x, cy: y, r: 5 }));
     if (dot.name) { // below to the left, where no point can be: only the frontier has names

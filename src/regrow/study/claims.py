@@ -8,41 +8,13 @@ there is nothing to compare. Configurations are taken at their best learning rat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, DenseFamily, Tuned, along, difference, spearman
+from regrow.study.claim import Claim, shown, signed
 from regrow.study.pareto import PAPER_LR_FIT, Estimate, fit_learning_rate_rule
 from regrow.study.pictures import spread
-
-Cell = str | int | float | None
-
-
-@dataclass
-class Claim:
-    """A table and a verdict; ``missing`` says which runs would be needed for more."""
-
-    id: str
-    text: str
-    columns: list[str]
-    rows: list[list[Cell]] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    votes: list[int] = field(default_factory=list)
-
-    @property
-    def verdict(self) -> str:
-        """One of supported, contradicted, mixed, undecided, no data."""
-        if not self.votes:
-            return "no data"
-        counted = set(self.votes) - {0}
-        return {0: "undecided", 2: "mixed"}.get(len(counted), "supported" if counted == {1} else "contradicted")
-
-    def vote(self, found: Estimate | None, wanted: int) -> None:
-        """Count a difference that the claim says is negative (``wanted=-1``) or positive."""
-        if found is not None:
-            self.votes.append(found.sign * wanted)
 
 
 def claims(tuned: Sequence[Tuned], every: Sequence[Configuration]) -> list[Claim]:
@@ -61,24 +33,6 @@ def claims(tuned: Sequence[Tuned], every: Sequence[Configuration]) -> list[Claim
         _freezing(every),
         _alternation(every),
     ]
-
-
-def shown(found: Estimate | None, digits: int = 3) -> str | None:
-    """``mean +- half width (n)``.
-
-    Example:
-        >>> shown(Estimate(1.5, 0.1, 0.25, 3)), shown(Estimate(1.5, None, None, 1)), shown(None)
-        ('1.500 ± 0.250 (n=3)', '1.500 (n=1)', None)
-    """
-    if found is None:
-        return None
-    width = "" if found.half_width is None else f" ± {found.half_width:.{digits}f}"
-    return f"{found.mean:.{digits}f}{width} (n={found.n})"
-
-
-def _signed(found: Estimate | None) -> str | None:
-    text = shown(found)
-    return text if text is None or found is None or found.mean < 0 else f"+{text}"
 
 
 def _sparse(best: Iterable[Configuration], *methods: str) -> list[Configuration]:
@@ -102,7 +56,7 @@ def _against_dense(best: Sequence[Configuration]) -> Claim:
         family = DenseFamily(best, c)
         minus = family.difference()
         claim.rows.append(
-            [c.get("size"), c.first.family, shown(c.loss), _signed(minus), family.reduction(),
+            [c.get("size"), c.first.family, shown(c.loss), signed(minus), family.reduction(),
              family.reduction("seconds"), family.eps()]
         )  # fmt: skip
         if minus is None:
@@ -111,7 +65,7 @@ def _against_dense(best: Sequence[Configuration]) -> Claim:
             claim.vote(minus, -1)
             compared.add(str(c.get("size")))
         elif minus.sign:
-            claim.findings.append(f"static at {c.get('size')} is {_signed(minus)} from dense at equal FLOPs")
+            claim.findings.append(f"static at {c.get('size')} is {signed(minus)} from dense at equal FLOPs")
     if not found:
         claim.missing.append("runs of dynsparse and static with density 0.1 and block size 1")
     elif compared:
@@ -142,7 +96,7 @@ def _compare_methods(claim: Claim, found: Sequence[Configuration]) -> None:
         ):
             minus = difference(dynamic, static)
             claim.vote(minus, -1)
-            claim.findings.append(f"{static.get('size')}: dynsparse minus static {_signed(minus)}")
+            claim.findings.append(f"{static.get('size')}: dynsparse minus static {signed(minus)}")
 
 
 def _same(a: Configuration, b: Configuration, *names: str) -> bool:
@@ -160,7 +114,7 @@ def _over_sparsity(best: Sequence[Configuration]) -> Claim:
             family, sparsity = DenseFamily(best, c), round(1 - c.get("density"), 6)
             minus = family.difference()
             claim.rows.append(
-                [c.get("size"), c.get("block_size"), sparsity, shown(c.loss), _signed(minus), family.reduction()]
+                [c.get("size"), c.get("block_size"), sparsity, shown(c.loss), signed(minus), family.reduction()]
             )
             if minus is None:
                 claim.missing.append(f"dense sizes whose FLOPs enclose those of s = {sparsity} at {c.get('size')}")
@@ -196,7 +150,7 @@ def _axis(claim: Claim, group: Sequence[Configuration], name: str, title: str) -
         minus = None if c is best else difference(c, best)
         claim.rows.append(
             [c.get("size"), c.get("block_size"), round(1 - c.get("density"), 6), title, c.get(name), shown(c.loss),
-             _signed(minus)]
+             signed(minus)]
         )  # fmt: skip
     at = group.index(best)
     if 0 < at < len(group) - 1:
@@ -248,7 +202,7 @@ def _norms(best: Sequence[Configuration]) -> Claim:
         by_norm = {str(c.get("norm")): c for c in group}
         for norm, c in sorted(by_norm.items(), key=lambda item: item[0]):
             minus = difference(c, by_norm["l1"]) if norm != "l1" and "l1" in by_norm else None
-            claim.rows.append([c.get("size"), c.get("block_size"), norm, shown(c.loss), _signed(minus)])
+            claim.rows.append([c.get("size"), c.get("block_size"), norm, shown(c.loss), signed(minus)])
         for better, worse in pairwise(order):
             if better in by_norm and worse in by_norm:
                 claim.vote(difference(by_norm[better], by_norm[worse]), -1)
@@ -275,7 +229,7 @@ def _group_lasso(best: Sequence[Configuration]) -> Claim:
             minus = None if c is base else difference(c, base)
             claim.rows.append(
                 [c.get("size"), c.get("block_size"), c.get("group_lasso"), c.get("weight_decay"), shown(c.loss),
-                 _signed(minus)]
+                 signed(minus)]
             )  # fmt: skip
         found = [difference(c, base) for c in with_lasso]
         # "does not beat": a lasso that is as good does not contradict it, one that is surely better does
@@ -302,7 +256,7 @@ def _block_size(best: Sequence[Configuration]) -> Claim:
             minus = family.difference()
             claim.rows.append(
                 [c.get("size"), c.get("block_size"), round(1 - c.get("density"), 6), shown(c.loss), family.loss(),
-                 _signed(minus), family.reduction(), family.eps()]
+                 signed(minus), family.reduction(), family.eps()]
             )  # fmt: skip
             if minus is None:
                 claim.missing.append(f"dense sizes whose FLOPs enclose those of block {c.get('block_size')}")
@@ -370,29 +324,34 @@ def _collapse(best: Sequence[Configuration]) -> Claim:
         "Growth by gradient (RigL) collapses the explored space along the input dimension; random growth does not.",
         ["size", "family", "loss", "coverage", "input spread", "output spread"],
     )
-    for group in along(
-        _sparse(best, "dynsparse", "rigl"), "method", "regrow_pruned", "growth", "group_lasso", "lasso_size"
-    ):
-        by_method: dict[str, Configuration] = {}
-        for c in group:
-            by_method.setdefault(str(c.get("method")), c)
+    for group in along(_sparse(best, "dynsparse", "rigl"), methods=True):
+        by_method = {str(c.get("method")): c for c in _best_of_each(group)}
         for c in by_method.values():
             inputs, outputs = spread(c.runs)
             claim.rows.append([c.get("size"), c.first.family, shown(c.loss), c.coverage, inputs, outputs])
         if len(by_method) == 2:
-            rigl, random = by_method["rigl"], by_method["dynsparse"]
-            (rigl_in, _), (random_in, _) = spread(rigl.runs), spread(random.runs)
-            if rigl.coverage is not None and random.coverage is not None:
-                less = rigl.coverage < 0.9 * random.coverage
-                claim.votes.append(1 if less else -1)
-                claim.findings.append(
-                    f"coverage {rigl.coverage:.3f} with rigl, {random.coverage:.3f} with random growth"
-                )
-            if rigl_in is None or random_in is None:
-                claim.missing.append("pattern pictures of both methods, to tell input from output dimension")
+            _collapses(claim, by_method["rigl"], by_method["dynsparse"])
     if not any("coverage" in text for text in claim.findings):
         claim.missing.append("rigl and dynsparse with topology logs and otherwise the same")
     return claim
+
+
+def _collapses(claim: Claim, rigl: Configuration, random: Configuration) -> None:
+    """Less coverage, and the pattern gathers on few inputs rather than on few outputs."""
+    if not rigl.coverage or not random.coverage:
+        return
+    coverage = rigl.coverage / random.coverage
+    told = f"{rigl.get('size')}: with rigl coverage is {coverage:.2f} of that with random growth"
+    (rigl_in, rigl_out), (random_in, random_out) = spread(rigl.runs), spread(random.runs)
+    along_inputs = False
+    if rigl_in and rigl_out and random_in and random_out:
+        inputs, outputs = rigl_in / random_in, rigl_out / random_out
+        told += f", the spread over inputs {inputs:.2f}, over outputs {outputs:.2f}"
+        along_inputs = inputs < min(outputs, 0.9)
+    else:
+        claim.missing.append("pattern pictures of both methods, to tell input from output dimension")
+    claim.findings.append(told)
+    claim.votes.append(-1 if coverage >= 0.9 else int(along_inputs))
 
 
 def _freezing(every: Sequence[Configuration]) -> Claim:

@@ -84,7 +84,7 @@ def _matplotlib() -> Iterator[Any]:
 
 def _pareto(figure_class: Any, tuned: Sequence[Configuration], colors: dict[str, str]) -> Any:
     """Loss against FLOPs and seconds, side by side."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     figure = figure_class(figsize=(7.2, 3.2))
     for axes, cost, title in zip(
@@ -101,8 +101,9 @@ def _pareto(figure_class: Any, tuned: Sequence[Configuration], colors: dict[str,
                 bars = [(c.loss.half_width or 0.0) if c.loss else 0.0 for c in members]
                 axes.errorbar(x, y, yerr=bars, color=color, marker="o", markersize=4, linewidth=1, label=family)
         axes.set(xlabel=title, xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 6 * low else MaxNLocator(5))
+        axes.xaxis.set_major_formatter(lambda x, _: EngFormatter(sep="")(x) if x >= 1000 else f"{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         if not axes.has_data():
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=_OTHER)

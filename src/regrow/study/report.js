@@ -35,9 +35,10 @@ function head() {
   byId("title").textContent = data.title;
   document.title = data.title;
   byId("version").textContent = data.version;
+  const time = (seconds) => seconds < 7200 ? `${shown(seconds / 60)} minutes` : `${shown(seconds / 3600)} hours`;
   const sum = (name) => data.runs.reduce((total, run) => total + (run[name] || 0), 0);
   byId("summary").textContent = `${data.runs.length} runs of ${data.groups.length} configurations, ${shown(sum("tokens"))} tokens, ` +
-    `${shown(sum("flops"))} FLOPs, ${(sum("seconds") / 3600).toFixed(1)} hours of training`;
+    `${shown(sum("flops"))} FLOPs, ${time(sum("seconds"))} of training`;
   byId("notes").hidden = !data.notes.length;
   byId("notes").append(...data.notes.map((note) => element("li", {}, note)));
   byId("task-label").hidden = data.tasks.length < 2;
@@ -74,11 +75,13 @@ function pareto(cost, host, xTitle) {
     const members = [...sizes.values()].sort(ascending);
     if (members.length > 1) lines.push({ points: members.map(point), kind: `thin ${kind(members[0].family)}` });
   }
+  // a size is named where the frontier comes to it
+  const named = new Set(frontier.filter((g, i) => !i || g.size !== frontier[i - 1].size));
   const dots = chosen.map((g) => {
     const half = g.loss.half_width, runs = data.runs.filter((run) => run.group === data.groups.indexOf(g));
     return {
       x: g[cost], y: g.loss.mean, low: half === null ? null : g.loss.mean - half, high: half === null ? null : g.loss.mean + half,
-      kind: kind(g.family), name: chosen.length <= 30 && g.frontier[cost] ? g.size : "",
+      kind: kind(g.family), name: named.has(g) ? g.size : "",
       label: `${g.label}\n${g.loss.n} seed${g.loss.n > 1 ? "s" : ""}${half === null ? "" : `, ± ${shown(half)}`}`, onClick: () => details(runs[0]),
     };
   });

@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from regrow.bert.pretrain import PretrainConfig
+from regrow.bert.sizes import SIZES, size_named
 from regrow.errors import RegrowError
+from regrow.optim import sparse_learning_rate
 
 FORMAT = 1
+TRAINING_FIELDS = frozenset(field.name for field in fields(PretrainConfig))
+"""Options of every run; a configuration's other ones belong to its method."""
 
 # What can change neither the training nor its evaluation.
 _BYSTANDERS = frozenset(
@@ -80,8 +85,6 @@ class Run:
     @cached_property
     def size(self) -> str:
         """The size's name, or ``LAYERS/HIDDEN/HEADS``, in one way whichever it was given in."""
-        from regrow.bert.sizes import SIZES, size_named
-
         given = str(self.config.get("size", "unknown"))
         try:
             size = size_named(given)
@@ -94,8 +97,6 @@ class Run:
     @property
     def weights(self) -> int | None:
         """Elements of the encoder's linear weights when dense."""
-        from regrow.bert.sizes import size_named
-
         try:
             return size_named(self.size).encoder_weights
         except RegrowError:
@@ -104,8 +105,6 @@ class Run:
     @property
     def dropout(self) -> float | None:
         """The given one, or what the size has by the name it was given by."""
-        from regrow.bert.sizes import SIZES
-
         given, named = number(self.config, "dropout"), SIZES.get(str(self.config.get("size")))
         return given if given is not None else named.dropout if named else 0.0
 
@@ -185,9 +184,6 @@ class Run:
         given = number(self.config, "learning_rate")
         if given is not None:
             return given
-        from regrow.bert.sizes import size_named
-        from regrow.optim import sparse_learning_rate
-
         try:
             size = size_named(str(self.config.get("size")))
             base = number(self.config, "base_width")
@@ -205,8 +201,7 @@ class Run:
             unused |= _RULE
         config = {name: value for name, value in self.config.items() if name not in unused}
         if self.dense:  # options of the method that a dense model does not have
-            known = _dense_fields()
-            config = {name: value for name, value in config.items() if name in known}
+            config = {name: value for name, value in config.items() if name in TRAINING_FIELDS}
         config["learning_rate"] = self.learning_rate
         config |= {"dense": self.dense, "size": self.size, "dropout": self.dropout}
         if "n_updates" in config:
@@ -217,14 +212,6 @@ class Run:
     def task(self) -> Key:
         """What two losses must share to be compared."""
         return tuple((name, json.dumps(self.config[name])) for name in TASK if name in self.config)
-
-
-def _dense_fields() -> frozenset[str]:
-    from dataclasses import fields
-
-    from regrow.bert.pretrain import PretrainConfig
-
-    return frozenset(field.name for field in fields(PretrainConfig))
 
 
 def number(mapping: Any, *path: str) -> float | None:
