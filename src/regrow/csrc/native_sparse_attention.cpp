@@ -38,7 +38,8 @@ void sparse_attention(Address x, Address offsets, Address values1, Address bias1
     };
     prepare(t_scratch.reserve(prepare(nullptr)));
     parallel(n, [&](int i) {
-        g_table->sparse_attention(a, first_item(sequences, 1, i, n), first_item(sequences, 1, i + 1, n), own + i * each);
+        g_table->sparse_attention(a, first_item(sequences, 1, i, n), first_item(sequences, 1, i + 1, n),
+                                  own + i * each);
     });
 }
 
@@ -63,7 +64,8 @@ void sparse_attention_backward(Address g, Address x, Address lse, Address attend
     a.offsets = at<const int32_t>(offsets), a.n_tokens = n_tokens, a.heads = heads, a.dim = dim;
     a.longest = sequences.longest, a.in_blocks = in_blocks, a.out_blocks = out_blocks, a.block = b;
     a.scale = scale, a.seed = seed, a.threshold = threshold;
-    a.x = at<const float>(x), a.bias1 = at<const float>(bias1), a.lse = at<float>(lse), a.attended = at<float>(attended);
+    a.x = at<const float>(x), a.bias1 = at<const float>(bias1);
+    a.lse = at<float>(lse), a.attended = at<float>(attended);
     a.g = at<const float>(g), a.dx = at<float>(dx);
     float *own = nullptr, *totals = nullptr;
     const size_t each = padded(g_table->sparse_attention_scratch(a, true));

@@ -73,17 +73,34 @@ INLINE void head_rows(const PackedWeight& w, int64_t r0, int64_t blocks, const f
     }
 }
 
-// The rows r0 to r0 + rows of a head, times a factor and in place, -> its blocks of a panel. The last of `length` rows
-// are followed by zeros, up to `groups`.
+// The rows r0 to r0 + rows of a head, times a factor, -> its blocks of a panel, and their sums to `sum` [dim] unless
+// that is null. The last of `length` rows are followed by zeros, up to `groups`. `from` may be changed.
 template <int B>
 INLINE void rows_to_panel(float* from, int64_t dim, float factor, int64_t r0, int64_t rows, int64_t length,
-                          int64_t groups, int64_t stride, float* panel) {
+                          int64_t groups, int64_t stride, float* panel, float* sum) {
     constexpr int G = Shape<B>::G;
-    if (factor != 1) {
-        for (int64_t i = 0; i < rows * dim; i += W) store(from + i, load(from + i) * factor);
-    }
     const int64_t end = r0 + rows == length ? groups : (r0 + rows) / G;
-    pack_panel<B>(from, nullptr, dim, dim / B, rows, end - r0 / G, stride, panel + r0 * B);
+    panel += r0 * B;
+    for (int64_t j = 0; j < dim; j += W) {
+        V total{};
+        if constexpr (G == 1) {
+            float* to = panel + j / B * stride + j % B;
+            for (int64_t i = 0; i < rows; ++i) {
+                const V v = load(from + i * dim + j) * factor;
+                store(to + i * B, v);
+                total += v;
+            }
+            for (int64_t i = rows; i < end - r0; ++i) store(to + i * B, V{});
+        } else {
+            for (int64_t i = 0; i < rows; ++i) {
+                const V v = load(from + i * dim + j) * factor;
+                store(from + i * dim + j, v);
+                total += v;
+            }
+        }
+        if (sum) store_any(sum + j, load_any(sum + j) + total);
+    }
+    if constexpr (G > 1) pack_panel<B>(from, nullptr, dim, dim / B, rows, end - r0 / G, stride, panel);
 }
 
 template <int B, bool Drop>
@@ -93,8 +110,9 @@ void sparse_attention_range(const SparseAttentionArgs& a, int64_t s0, int64_t s1
     const SequenceBuffers<B> at(a, false, scratch);
     const int64_t in = a.in_blocks * B, out = a.out_blocks * B, hidden = a.heads * a.dim, blocks = a.dim / B;
     const int64_t tokens = a.offsets[s1] - a.offsets[s0];
-    const bool streaming = streams(place(a.y), tokens, out), stream_attended = streams(place(a.attended), tokens, hidden);
-    Soon nothing{};
+    const bool streaming = streams(place(a.y), tokens, out);
+    const bool stream_attended = streams(place(a.attended), tokens, hidden);
+    Soon nothing{};  // what comes next is contiguous
     for (int64_t s = s0; s < s1; ++s) {
         const int64_t t0 = a.offsets[s], n = a.offsets[s + 1] - t0, groups = at.groups(n);
         if (n == 0) continue;
@@ -125,7 +143,8 @@ void sparse_attention_range(const SparseAttentionArgs& a, int64_t s0, int64_t s1
                         }
                     }
                 }
-                rows_to_panel<B>(at.o, a.dim, 1, r0, rows, n, groups, at.stride, at.a + h * blocks * at.stride);
+                rows_to_panel<B>(at.o, a.dim, 1, r0, rows, n, groups, at.stride, at.a + h * blocks * at.stride,
+                                 nullptr);
             }
         }
         for (int64_t r = 0; r < a.out_blocks; ++r) {
@@ -155,10 +174,8 @@ void sparse_attention_head(const SparseAttentionArgs& a, const SequenceBuffers<B
     float* const dv = at.v;  // from now on
     float* const panel[] = {at.d + h * blocks * at.stride, at.d + (hidden + h * a.dim) / B * at.stride,
                             at.d + (2 * hidden + h * a.dim) / B * at.stride};
-    const auto add_bias = [&](const float* from, int64_t rows, int part) {
-        if (sums.dbias1) add_rows(from, nullptr, a.dim, rows, a.dim, sums.dbias1 + part * hidden + h * a.dim);
-    };
-    Soon nothing{};
+    const auto bias_sum = [&](int part) { return move(sums.dbias1, part * hidden + h * a.dim); };
+    Soon nothing{};  // what comes next is contiguous
     for (int64_t r0 = 0; r0 < n; r0 += kQueries) {
         const int64_t rows = min64(kQueries, n - r0), row = h * a.n_tokens + t0 + r0;
         const float *da = at.da + r0 * a.dim, *attended = a.attended + (t0 + r0) * hidden + h * a.dim;
@@ -166,13 +183,10 @@ void sparse_attention_head(const SparseAttentionArgs& a, const SequenceBuffers<B
         for (int64_t r = 0; r < rows; ++r) mean[r] = dot(da + r * a.dim, attended + r * hidden, a.dim);
         gradient_block<Drop>(shape, drop, uint64_t(row), rows, n, {at.q + r0 * a.dim, da, at.keys_t, at.values_t, at.k},
                              a.lse + row, mean, at.s, at.dp, r0 > 0, {at.o, at.dk, dv}, nothing);
-        rows_to_panel<B>(at.o, a.dim, a.scale, r0, rows, n, groups, at.stride, panel[0]);
-        add_bias(at.o, rows, 0);
+        rows_to_panel<B>(at.o, a.dim, a.scale, r0, rows, n, groups, at.stride, panel[0], bias_sum(0));
     }
-    rows_to_panel<B>(at.dk, a.dim, a.scale, 0, n, n, groups, at.stride, panel[1]);
-    add_bias(at.dk, n, 1);
-    rows_to_panel<B>(dv, a.dim, 1, 0, n, n, groups, at.stride, panel[2]);
-    add_bias(dv, n, 2);
+    rows_to_panel<B>(at.dk, a.dim, a.scale, 0, n, n, groups, at.stride, panel[1], bias_sum(1));
+    rows_to_panel<B>(dv, a.dim, 1, 0, n, n, groups, at.stride, panel[2], bias_sum(2));
     if (!sums.dvalues1) return;
     for (int part = 0; part < 3; ++part) {
         const int32_t* ptr = a.first.ptr + (part * hidden + h * a.dim) / B;

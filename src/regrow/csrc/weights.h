@@ -115,7 +115,7 @@ struct Weight {
     }
 };
 
-// The gradients of two weights and their biases: every thread adds up its own, and the threads' sums are added in order.
+// The gradients of two weights and their biases: every thread adds up its own, which are then added in order.
 struct TwoSums {
     const Weight &first, &second;
     int64_t width1, width2;  // of the biases

@@ -247,8 +247,8 @@ def _backward(
     _check_saved(g, x, lse, attended, heads, hidden, out)
     grads = _empty_gradients(g, x, values1, values2, 3 * hidden, needed)
     if not _compiled(x, offsets, width, hidden, b, index1, index2):
-        arrays = g, x, lse, attended, offsets, values1, bias1, index1, values2, index2
-        full = reference_sparse_attention_backward(*arrays, *options)
+        saved = g, x, lse, attended, offsets
+        full = reference_sparse_attention_backward(*saved, values1, bias1, index1, values2, index2, *options)
         return tuple(grad if need else none for grad, none, need in zip(full, grads, needed, strict=True))
     written = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     arrays = g, x, lse, attended, offsets, values1, bias1, *index1, values2, *index2, *written

@@ -17,6 +17,13 @@ from regrow.nn.linear import BlockSparseLinear
 from regrow.nn.merged import merged, merged_linear
 from regrow.nn.random import draw_seed
 
+_SHARES = 4
+"""So many sequences a thread are shared out evenly enough."""
+
+_CACHED = 320_000
+"""Gradients of queries, keys and values of one sequence, as numbers: with more, blocks below 16, which do less with
+each, wait for them longer than the separate operations take."""
+
 
 def sparse_attention(
     query: BlockSparseLinear,
@@ -39,8 +46,8 @@ def sparse_attention(
     Differentiable once.
 
     The separate functions are called where this one cannot stand in for them, or would be slower: block sizes differ,
-    the output has an activation, a hook is registered on a layer, which is to see what goes in and out, or there are
-    too few sequences for the threads.
+    a layer has an activation, or a hook, which is to see what goes in and out, heads are of a width that the compiled
+    kernel does not know, there are too few sequences for the threads, or they are long and blocks small.
 
     Args:
         query, key, value: ``in -> heads * d``.
@@ -61,7 +68,7 @@ def sparse_attention(
 
     Example:
         >>> layers = [BlockSparseLinear(32, 32, block_size=16, density=0.5) for _ in range(4)]
-        >>> x, offsets = torch.randn(7, 32), torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> x, offsets = torch.randn(60, 32), torch.arange(0, 61, 3, dtype=torch.int32)  # 20 sequences of 3 tokens
         >>> y = sparse_attention(*layers, x, offsets, heads=2)
         >>> torch.allclose(y, layers[3](attention(merged_linear(layers[:3], x), offsets, 2)), atol=1e-5)
         True
@@ -83,7 +90,8 @@ def sparse_attention(
             raise RegrowError(f"{name} has {width} features; query has {query.in_features} -> {hidden}")
     dropout_threshold(p)
     if not _fused(query, key, value, output, x, offsets, hidden // heads):
-        alike = len({(layer.block_size, layer.activation) for layer in inner} | {(query.block_size, None)}) == 1
+        alike = all((part.block_size, part.activation) == (query.block_size, None) for part in inner)
+        alike = alike and not any(hooked(part) for part in inner)
         qkv = merged_linear(inner, x) if alike else torch.cat([layer(x) for layer in inner], -1)
         return output(attention(qkv, offsets, heads, p=p, training=training, scale=scale))
     drops = training and p > 0
@@ -104,10 +112,12 @@ def _fused(
     offsets: Tensor,
     width: int,
 ) -> bool:
-    """Whether the operation can do it, and is to: a thread takes whole sequences."""
+    """Whether the one operation can do it, and is faster: a thread takes whole sequences through its caches."""
     layers = query, key, value, output
-    if len({layer.block_size for layer in layers}) > 1 or any(hooked(layer) for layer in layers):
+    b, n_sequences = output.block_size, offsets.shape[0] - 1
+    if any(layer.block_size != b or layer.activation is not None or hooked(layer) for layer in layers):
         return False
-    if any(layer.activation is not None for layer in layers) or x.dim() != 2:
+    if x.dim() != 2 or not supports(output.values, width, b):
         return False
-    return supports(output.values, width, output.block_size) and offsets.shape[0] > torch.get_num_threads()
+    small = b >= 16 or 3 * output.in_features * x.shape[0] <= _CACHED * n_sequences
+    return small and n_sequences >= _SHARES * torch.get_num_threads()
