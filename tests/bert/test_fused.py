@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
+from regrow import kernels
 from regrow.bert.fused import Fusions, fuse
 from regrow.bert.model import BertForPreTraining, build_model
 from regrow.errors import RegrowError
@@ -77,6 +78,26 @@ def test_every_fusion_computes_what_transformers_does(fusions: Fusions, density:
     plain, fused = model(density=density), fuse(model(density=density), fusions)
     assert fused.bert.fusions == fusions and not hasattr(plain.bert, "fusions")
     assert_same(loss_and_gradients(fused, inputs), loss_and_gradients(plain, inputs))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_sparse_attention_halves_are_one_operation(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With heads wide enough, and sequences enough for each thread."""
+    wide, inputs, calls, real = config(), batch(padded), [], kernels.sparse_attention
+    wide.num_attention_heads = 2
+    monkeypatch.setattr(kernels, "sparse_attention", lambda *args: (calls.append(1), real(*args))[1])
+    networks = []
+    for fusions in ("none", "all"):
+        torch.manual_seed(0)
+        networks.append(build_model(wide, density=0.5, block_size=8, fusions=Fusions.named(fusions)).train())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        actual = loss_and_gradients(networks[1], inputs)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == wide.num_hidden_layers
+    assert_same(actual, loss_and_gradients(networks[0], inputs))
 
 
 def test_names_and_files_stay() -> None:

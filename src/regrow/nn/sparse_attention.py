@@ -90,7 +90,8 @@ def sparse_attention(
             raise RegrowError(f"{name} has {width} features; query has {query.in_features} -> {hidden}")
     dropout_threshold(p)
     if not _fused(query, key, value, output, x, offsets, hidden // heads):
-        alike = len({(layer.block_size, layer.activation) for layer in inner} | {(query.block_size, None)}) == 1
+        alike = all((part.block_size, part.activation) == (query.block_size, None) for part in inner)
+        alike = alike and not any(hooked(part) for part in inner)
         qkv = merged_linear(inner, x) if alike else torch.cat([layer(x) for layer in inner], -1)
         return output(attention(qkv, offsets, heads, p=p, training=training, scale=scale))
     drops = training and p > 0
