@@ -55,11 +55,21 @@ def test_equals_its_parts(b: int, scale: float | None, p: float, fused: list[int
     expected = composed(parts, x, offsets, p=p, scale=scale)
     torch.manual_seed(3)
     y = sparse_attention(*parts, x, offsets, 2, p=p, scale=scale)
-    assert len(fused) == 1
+    assert len(fused) == (b > 1)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     cotangent = torch.randn_like(y)
     grads = torch.autograd.grad(y, leaves, cotangent)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, cotangent), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("b", [1, 4, 16, 64])
+def test_without_a_gradient(b: int, fused: list[int]) -> None:
+    parts, (x, offsets) = layers(b), problem()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            sparse_attention(*parts, x, offsets, 2), composed(parts, x, offsets), rtol=1e-4, atol=1e-4
+        )
+    assert len(fused) == 1
 
 
 def test_nothing_is_drawn_where_nothing_is_dropped() -> None:

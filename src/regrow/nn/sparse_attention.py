@@ -20,9 +20,9 @@ from regrow.nn.random import draw_seed
 _SHARES = 4
 """So many sequences a thread are shared out evenly enough."""
 
-_CACHED = 320_000
-"""Gradients of queries, keys and values of one sequence, as numbers: with more, blocks below 16, which do less with
-each, wait for them longer than the separate operations take."""
+_CACHED, _CACHED_INFERENCE = 200_000, 320_000
+"""Queries, keys and values of one sequence, as numbers, with and without a gradient. With more, blocks below 16, which
+do less with each, wait for them longer than the separate operations take."""
 
 
 def sparse_attention(
@@ -47,7 +47,8 @@ def sparse_attention(
 
     The separate functions are called where this one cannot stand in for them, or would be slower: block sizes differ,
     a layer has an activation, or a hook, which is to see what goes in and out, heads are of a width that the compiled
-    kernel does not know, there are too few sequences for the threads, or they are long and blocks small.
+    kernel does not know, there are too few sequences for the threads, or blocks are below 16 and sequences long, or
+    blocks are single elements and there is a gradient.
 
     Args:
         query, key, value: ``in -> heads * d``.
@@ -119,5 +120,11 @@ def _fused(
         return False
     if x.dim() != 2 or not supports(output.values, width, b):
         return False
-    small = b >= 16 or 3 * output.in_features * x.shape[0] <= _CACHED * n_sequences
-    return small and n_sequences >= _SHARES * torch.get_num_threads()
+    if b < 16:
+        training = torch.is_grad_enabled()
+        if training and b == 1:  # making them again costs more than reading them
+            return False
+        limit = _CACHED if training else _CACHED_INFERENCE
+        if 3 * output.in_features * x.shape[0] > limit * n_sequences:
+            return False
+    return n_sequences >= _SHARES * torch.get_num_threads()
