@@ -1,0 +1,48 @@
+"""The ``regrow`` command. Each command is a module of its name here, which is loaded when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from regrow import __version__
+from regrow.allocator import keep_freed_memory
+from regrow.cli.parser import FAILED, INTERRUPTED, OneLineParser
+from regrow.errors import RegrowError
+
+COMMANDS = {
+    "pretrain": "pre-train a sparse BERT on text",
+    "bench": "measure sparse against dense on this machine",
+    "advise": "say which block sizes and densities pay off here",
+    "flops": "count the floating-point operations of a training step",
+    "study": "train many runs that together answer a question",
+    "methods": "list the sparse-training methods",
+    "report": "make one page of run records: curves, Pareto fronts, patterns, claims",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for bad input, 130 after Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = OneLineParser(prog="regrow", description="Train transformers whose weights are always sparse.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    summaries = "; ".join(f"{name}: {summary}" for name, summary in COMMANDS.items())
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), help=summaries)
+    parser.epilog = "Each command teaches its options: regrow COMMAND --help"
+    arguments = parser.parse_args(argv[:1])
+    if arguments.version:
+        print(f"regrow {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    keep_freed_memory()
+    try:
+        return import_module(f"regrow.cli.{arguments.command}").run(argv[1:])
+    except RegrowError as error:
+        print(f"regrow {arguments.command}: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\nregrow {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
