@@ -9,14 +9,18 @@ import platform
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from regrow.bert.flops import bert_skeleton
 from regrow.bert.pretrain import PretrainConfig
 from regrow.bert.run import RunDirectory
-from regrow.bert.sizes import size_named
+from regrow.bert.sizes import bert_config
 from regrow.errors import RegrowError
+from regrow.nn.flops import count_flops
+from regrow.nn.flops_family import ATTENTION, ENCODER
 
 FORMAT = 1
 POINTS = 200
@@ -169,9 +173,10 @@ def thinned(points: list[Any], most: int = POINTS) -> list[Any]:
 def paper_flops(config: PretrainConfig) -> dict[str, float]:
     """Non-embedding FLOPs as the paper counts them: of a sequence, and of the whole training.
 
-    A sequence of ``L`` tokens costs ``3 * (2 * L * encoder weights * density + 4 * layers * L^2 * hidden)``: encoder
-    linears and the two attention products, forward and backward, without embeddings and heads. A density that moves
-    (gmp) or varies over layers counts as the one that was asked for; updates of the pattern are not counted.
+    :func:`regrow.count_flops` counts the dense encoder. Its linears are then taken times the density, and all of it
+    three times: forward and, by the paper's convention, twice as much backward. A density that moves (gmp), varies
+    over layers or is not that of a whole number of blocks counts as the one that was asked for; updates of the pattern
+    are not counted.
 
     Example:
         >>> f"{paper_flops(PretrainConfig(size='base', density=0.1))['per_sequence_paper']:.3g}"
@@ -179,11 +184,18 @@ def paper_flops(config: PretrainConfig) -> dict[str, float]:
 
     Reference: Dietrich et al. 2021, arXiv 2108.06277, appendix A.2.
     """
-    size, length = size_named(config.size), config.max_length
-    density = 1.0 if config.dense else config.density
-    attention = 4 * size.layers * length**2 * size.hidden
-    sequence = 3.0 * (2 * length * size.encoder_weights * density + attention)
+    linears, attention = _dense_forward(config.size, config.max_length)
+    sequence = 3.0 * (linears * (1.0 if config.dense else config.density) + attention)
     return {"per_sequence_paper": sequence, "train_paper": sequence * config.batch_size * config.steps}
+
+
+@cache  # a study asks for many runs of few sizes
+def _dense_forward(size: str, length: int) -> tuple[int, int]:
+    """FLOPs of a sequence's forward pass through a dense encoder: its linears, and its attention."""
+    config = bert_config(size, vocab_size=1, max_length=length)  # the embeddings are not counted
+    model = bert_skeleton(config, density=None, block_size=1)
+    report = count_flops(model, batch_size=1, seq_length=length, convention="paper")
+    return report.parts[ENCODER].forward, report.parts[ATTENTION].forward
 
 
 def versions() -> dict[str, str]:
