@@ -29,6 +29,10 @@ class Claim:
         counted = set(self.votes) - {0}
         return {0: "undecided", 2: "mixed"}.get(len(counted), "supported" if counted == {1} else "contradicted")
 
+    def row(self, *cells: Cell) -> None:
+        """Add a line to the table."""
+        self.rows.append(list(cells))
+
     def vote(self, found: Estimate | None, wanted: int) -> None:
         """Count a difference that the claim says is negative (``wanted=-1``) or positive."""
         if found is not None:

@@ -43,6 +43,14 @@ def _by_flops(found: Iterable[Configuration]) -> list[Configuration]:
     return sorted(found, key=lambda c: (c.flops or 0.0, c.first.family))
 
 
+def _mean_loss(c: Configuration) -> float:
+    return c.loss.mean if c.loss else float("inf")
+
+
+def _sparsity(c: Configuration) -> float:
+    return round(1 - c.get("density"), 6)
+
+
 def _against_dense(best: Sequence[Configuration]) -> Claim:
     claim = Claim(
         "C1",
@@ -55,10 +63,8 @@ def _against_dense(best: Sequence[Configuration]) -> Claim:
     for c in _by_flops(found):
         family = DenseFamily(best, c)
         minus = family.difference()
-        claim.rows.append(
-            [c.get("size"), c.first.family, shown(c.loss), signed(minus), family.reduction(),
-             family.reduction("seconds"), family.eps()]
-        )  # fmt: skip
+        at_equal_loss = family.reduction(), family.reduction("seconds")
+        claim.row(c.get("size"), c.first.family, shown(c.loss), signed(minus), *at_equal_loss, family.eps())
         if minus is None:
             claim.missing.append(f"dense sizes whose FLOPs enclose those of {c.first.family} at {c.get('size')}")
         elif c.get("method") == "dynsparse":
@@ -83,7 +89,7 @@ def _as_in_figure_3(c: Configuration) -> bool:
 def _best_of_each(found: Iterable[Configuration]) -> list[Configuration]:
     """The lowest mean loss of each method, size and length of training: other settings were other questions."""
     lowest: dict[object, Configuration] = {}
-    for c in sorted(found, key=lambda c: c.loss.mean if c.loss else float("inf")):
+    for c in sorted(found, key=_mean_loss):
         lowest.setdefault((c.get("method"), c.get("size"), c.get("steps"), c.first.task), c)
     return list(lowest.values())
 
@@ -111,11 +117,9 @@ def _over_sparsity(best: Sequence[Configuration]) -> Claim:
     )
     for group in along(_sparse(best, "dynsparse"), "density"):
         for c in sorted(group, key=lambda c: -c.get("density")):
-            family, sparsity = DenseFamily(best, c), round(1 - c.get("density"), 6)
+            family, sparsity = DenseFamily(best, c), _sparsity(c)
             minus = family.difference()
-            claim.rows.append(
-                [c.get("size"), c.get("block_size"), sparsity, shown(c.loss), signed(minus), family.reduction()]
-            )
+            claim.row(c.get("size"), c.get("block_size"), sparsity, shown(c.loss), signed(minus), family.reduction())
             if minus is None:
                 claim.missing.append(f"dense sizes whose FLOPs enclose those of s = {sparsity} at {c.get('size')}")
             elif 0.49 <= sparsity <= 0.991:
@@ -145,13 +149,10 @@ def _schedule(best: Sequence[Configuration]) -> Claim:
 def _axis(claim: Claim, group: Sequence[Configuration], name: str, title: str) -> None:
     """The best along an axis; two votes, one for each neighbour being worse."""
     group = sorted(group, key=lambda c: c.get(name) or 0)
-    best = min(group, key=lambda c: c.loss.mean if c.loss else float("inf"))
+    best = min(group, key=_mean_loss)
     for c in group:
         minus = None if c is best else difference(c, best)
-        claim.rows.append(
-            [c.get("size"), c.get("block_size"), round(1 - c.get("density"), 6), title, c.get(name), shown(c.loss),
-             signed(minus)]
-        )  # fmt: skip
+        claim.row(c.get("size"), c.get("block_size"), _sparsity(c), title, c.get(name), shown(c.loss), signed(minus))
     at = group.index(best)
     if 0 < at < len(group) - 1:
         for other in (group[0], group[-1]):
@@ -170,12 +171,10 @@ def _exploration(best: Sequence[Configuration]) -> Claim:
     )
     moving = [c for c in _sparse(best) if c.coverage is not None and c.get("method") != "static"]
     for group in along(moving, "n_updates", "drop_fraction"):
-        group = sorted(group, key=lambda c: c.loss.mean if c.loss else float("inf"))
+        group = sorted(group, key=_mean_loss)
         for c in group:
-            claim.rows.append(
-                [c.get("size"), c.first.family, c.get("n_updates"), c.get("drop_fraction"), shown(c.loss), c.coverage,
-                 c.fresh_removed]
-            )  # fmt: skip
+            schedule = c.get("n_updates"), c.get("drop_fraction")
+            claim.row(c.get("size"), c.first.family, *schedule, shown(c.loss), c.coverage, c.fresh_removed)
         pairs = [(c.coverage, c.loss.mean) for c in group if c.coverage is not None and c.loss]
         rank = spearman(pairs)
         if rank is not None:
@@ -202,7 +201,7 @@ def _norms(best: Sequence[Configuration]) -> Claim:
         by_norm = {str(c.get("norm")): c for c in group}
         for norm, c in sorted(by_norm.items(), key=lambda item: item[0]):
             minus = difference(c, by_norm["l1"]) if norm != "l1" and "l1" in by_norm else None
-            claim.rows.append([c.get("size"), c.get("block_size"), norm, shown(c.loss), signed(minus)])
+            claim.row(c.get("size"), c.get("block_size"), norm, shown(c.loss), signed(minus))
         for better, worse in pairwise(order):
             if better in by_norm and worse in by_norm:
                 claim.vote(difference(by_norm[better], by_norm[worse]), -1)
@@ -224,13 +223,11 @@ def _group_lasso(best: Sequence[Configuration]) -> Claim:
         without = [c for c in group if not c.get("group_lasso")]
         if not with_lasso or not without:
             continue
-        base = min(without, key=lambda c: c.loss.mean if c.loss else float("inf"))
+        base = min(without, key=_mean_loss)
         for c in sorted(group, key=lambda c: (c.get("group_lasso") or 0, c.get("weight_decay") or 0)):
             minus = None if c is base else difference(c, base)
-            claim.rows.append(
-                [c.get("size"), c.get("block_size"), c.get("group_lasso"), c.get("weight_decay"), shown(c.loss),
-                 signed(minus)]
-            )  # fmt: skip
+            penalties = c.get("group_lasso"), c.get("weight_decay")
+            claim.row(c.get("size"), c.get("block_size"), *penalties, shown(c.loss), signed(minus))
         found = [difference(c, base) for c in with_lasso]
         # "does not beat": a lasso that is as good does not contradict it, one that is surely better does
         claim.votes.append(-1 if any(m is not None and m.sign < 0 for m in found) else _not_better(found))
@@ -254,10 +251,8 @@ def _block_size(best: Sequence[Configuration]) -> Claim:
         for c in group:
             family = DenseFamily(best, c)
             minus = family.difference()
-            claim.rows.append(
-                [c.get("size"), c.get("block_size"), round(1 - c.get("density"), 6), shown(c.loss), family.loss(),
-                 signed(minus), family.reduction(), family.eps()]
-            )  # fmt: skip
+            against_dense = family.loss(), signed(minus), family.reduction(), family.eps()
+            claim.row(c.get("size"), c.get("block_size"), _sparsity(c), shown(c.loss), *against_dense)
             if minus is None:
                 claim.missing.append(f"dense sizes whose FLOPs enclose those of block {c.get('block_size')}")
             elif minus.sign:
@@ -284,12 +279,11 @@ def _learning_rate(tuned: Sequence[Tuned]) -> Claim:
     for t in (t for t in searched if not t.best.first.dense):
         c, s = t.best, 1 - t.best.get("density")
         base = dense.get((c.get("size"), c.first.task))
-        ratio = c.get("learning_rate") / base if base else None
+        rate = c.get("learning_rate")
+        ratio = rate / base if base else None
         rule = _rule(s)
-        claim.rows.append(
-            [c.get("size"), c.first.family, round(s, 6), c.get("learning_rate"), ratio, rule, len(t.tried),
-             "yes" if t.at_edge else "no"]
-        )  # fmt: skip
+        at_edge = "yes" if t.at_edge else "no"
+        claim.row(c.get("size"), c.first.family, _sparsity(c), rate, ratio, rule, len(t.tried), at_edge)
         if ratio is None:
             claim.missing.append(f"dense {c.get('size')} at two or more learning rates")
         elif not t.at_edge:
@@ -328,7 +322,7 @@ def _collapse(best: Sequence[Configuration]) -> Claim:
         by_method = {str(c.get("method")): c for c in _best_of_each(group)}
         for c in by_method.values():
             inputs, outputs = spread(c.runs)
-            claim.rows.append([c.get("size"), c.first.family, shown(c.loss), c.coverage, inputs, outputs])
+            claim.row(c.get("size"), c.first.family, shown(c.loss), c.coverage, inputs, outputs)
         if len(by_method) == 2:
             _collapses(claim, by_method["rigl"], by_method["dynsparse"])
     if not any("coverage" in text for text in claim.findings):
