@@ -24,7 +24,7 @@ from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stor
 from regrow.bert.run import RunDirectory
 from regrow.bert.sizes import bert_config, size_named
 from regrow.bert.stream import PairDataset
-from regrow.bert.tokenizer import load_tokenizer, train_wordpiece
+from regrow.bert.tokenizer import TOKENIZER_FORMAT, load_tokenizer, train_wordpiece
 from regrow.bert.trainer import PretrainingTrainer, ProgressBar
 from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
@@ -282,7 +282,13 @@ def _tokenizer(config: PretrainConfig) -> PreTrainedTokenizerBase:
     """The given one, or one trained on the corpus and kept for the next run."""
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
-    recipe = [corpus_fingerprint(config.data), config.text_field, config.max_documents, config.vocab_size]
+    recipe = [
+        TOKENIZER_FORMAT,
+        corpus_fingerprint(config.data),
+        config.text_field,
+        config.max_documents,
+        config.vocab_size,
+    ]
     key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=12).hexdigest()
     cached = cache_root() / f"tokenizer-{key}"
     if not cached.exists():
