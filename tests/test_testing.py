@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from regrow.methods import Method, Signals, available
+from regrow.errors import RegrowError
+from regrow.methods import Method, Signals, available, create
 from regrow.methods.dynsparse import DynSparse
 from regrow.testing import check_method
 from regrow.topology import TopologyUpdate
 
+SPARSE = [name for name in available() if not create(name).dense_layout]
 
-@pytest.mark.parametrize("name", available())
+
+@pytest.mark.parametrize("name", SPARSE)
 def test_every_method_conforms(name: str) -> None:
     report = check_method(name)
     # Indices at block edge 1 are 8 bytes each while they are sorted; values and gradients are 4.
@@ -37,6 +40,12 @@ def test_every_option_of_dynsparse_conforms(options: dict) -> None:
     if not method.regrow_pruned:  # a nearly full layer cannot avoid its pruned positions, and says so
         return check_method(_WithRoom(norm="linf"), ranks=1) and None
     check_method(method, ranks=1)
+
+
+def test_methods_on_dense_layers_are_declared_and_no_more() -> None:
+    assert set(available()) - set(SPARSE) == {"acdc"}  # its own rules: tests/training/test_masked.py
+    with pytest.raises(RegrowError, match="acdc moves no blocks"):
+        check_method("acdc")
 
 
 @pytest.mark.parametrize("sampling", ["norms", "sketch"])

@@ -66,6 +66,15 @@ def test_training_errors():
     assert len(train_wordpiece(["abc"], vocab_size=11)) == 11
 
 
+def test_rare_characters_leave_room_for_pieces() -> None:
+    """A corpus with many scripts must not fill a small vocabulary with single characters."""
+    rare = "".join(map(chr, range(0x4E00, 0x4E00 + 900)))
+    words = [f"{a}{b}ing {a}{b}er" for a in "bcdfghklmnprst" for b in "aeiou"]
+    vocabulary = train_wordpiece([*words * 5, rare], vocab_size=2048).get_vocab()
+    assert sum(len(piece) == 1 for piece in vocabulary) == 128
+    assert {"a", "z", "##g"} - vocabulary.keys() == {"z"} and "baing" in vocabulary
+
+
 def test_saved_tokenizer_reloads(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer.save_pretrained(tmp_path)

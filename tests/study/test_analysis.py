@@ -37,8 +37,7 @@ def with_losses(losses: dict[int, float], **changes) -> list[Run]:
 
 
 def table(runs: list[Run]) -> dict[str, Claim]:
-    every = configurations(runs)
-    return {claim.id: claim for claim in claims(best_learning_rates(every), every)}
+    return {claim.id: claim for claim in claims(best_learning_rates(configurations(runs)))}
 
 
 def test_files_and_folders_are_read_and_a_run_only_once(tmp_path: Path) -> None:
@@ -278,3 +277,41 @@ def test_spread_tells_stripes_from_evenness() -> None:
 
 def test_records_of_the_generator_are_json() -> None:
     assert json.loads(json.dumps(synthetic.study(seeds=1)))
+
+
+def acdc(losses: dict[int, float], **changes: object) -> list[Run]:
+    return with_losses(losses, method="acdc", block_size=1, **changes)
+
+
+def test_freezing_is_judged_by_a_margin_not_by_significance() -> None:
+    def both(first: float, second: float) -> Claim:
+        # a tenth of a seed's noise between the two: sure, and yet within 0.05 or not
+        zero = acdc({0: 3.0, 1: 3.2, 2: 3.1}, unused="zero", dense_until=0.25)
+        freeze = acdc(
+            {s: loss + first + 0.001 * s for s, loss in enumerate((3.0, 3.2, 3.1))}, unused="freeze", dense_until=0.25
+        )
+        later = acdc(
+            {s: loss + second + 0.001 * s for s, loss in enumerate((3.0, 3.2, 3.1))}, unused="zero", dense_until=0.5
+        )
+        return table([*zero, *freeze, *later])["C10"]
+
+    assert both(0.01, -0.01).verdict == "supported"
+    assert both(0.2, -0.2).verdict == "contradicted"
+    assert both(0.2, -0.01).verdict == "mixed"
+    single = [*acdc({0: 3.0}, unused="zero", dense_until=0.0), *acdc({0: 3.0}, unused="freeze", dense_until=0.0)]
+    assert table(single)["C10"].verdict == "undecided"
+
+
+def test_alternation_has_an_order_of_its_own_for_each_fate() -> None:
+    def of(losses: dict[str, float], unused: str) -> list[Run]:
+        return [
+            run
+            for choice, loss in losses.items()
+            for run in acdc({s: loss + 0.1 * s for s in range(3)}, unused=unused, selection=choice, dense_until=None)
+        ]
+
+    zero = of({"magnitude": 2.685, "fixed": 3.199, "random": 6.094}, "zero")
+    freeze = of({"random": 2.349, "magnitude": 2.354, "fixed": 2.358}, "freeze")
+    claim = table([*zero, *freeze])["C11"]
+    assert claim.verdict == "supported" and len(claim.rows) == 6
+    assert table(of({"magnitude": 3.0, "fixed": 2.0}, "zero"))["C11"].verdict == "contradicted"

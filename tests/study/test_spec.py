@@ -142,8 +142,3 @@ def test_rates_by_a_factor_of_the_rule() -> None:
     assert dense.runs()[0].config.learning_rate == 0.0008
     with pytest.raises(RegrowError, match="not both"):
         dense.with_options(learning_rate=1e-3).runs()
-
-
-def test_a_study_that_lacks_something_says_what() -> None:
-    with pytest.raises(RegrowError, match="study 's' cannot run: this version of regrow lacks a time machine"):
-        Study("s", missing="a time machine").runs()

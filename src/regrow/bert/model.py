@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from regrow.bert.fused import Fusions, fuse
 from regrow.bert.masking import IGNORE
-from regrow.nn import named_sparse_layers, sparsify
+from regrow.nn import mask_linears, named_sparse_layers, sparsify
 from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.tied import SharedGradient
 from regrow.topology.distribution import Distribution
@@ -96,9 +96,12 @@ def build_model(
     block_size: int,
     distribution: Distribution = "uniform",
     fusions: Fusions | None = None,
+    masked: bool = False,
     seed: int = 0,
 ) -> BertForPreTraining:
     """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
+
+    With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`.
 
     The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
     taken for what is left. ``density=None`` gives the dense baseline. By default all its operations are fused (see
@@ -106,7 +109,9 @@ def build_model(
     """
     with torch.device("meta"):
         model = BertForPreTraining(config)
-    if density is not None:
+    if density is not None and masked:
+        mask_linears(model, density=density, block_size=block_size, include=ENCODER)
+    elif density is not None:
         sparsify(model, density=density, block_size=block_size, distribution=distribution, include=ENCODER, seed=seed)
     for module in model.modules():
         if any(tensor.is_meta for tensor in [*module.parameters(False), *module.buffers(False)]):

@@ -24,7 +24,7 @@ from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stor
 from regrow.bert.run import RunDirectory
 from regrow.bert.sizes import bert_config, size_named
 from regrow.bert.stream import PairDataset
-from regrow.bert.tokenizer import load_tokenizer, train_wordpiece
+from regrow.bert.tokenizer import TOKENIZER_FORMAT, load_tokenizer, train_wordpiece
 from regrow.bert.trainer import PretrainingTrainer, ProgressBar
 from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
@@ -224,7 +224,8 @@ def pretrain(
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(run.path) if resume else _tokenizer(config)
     train, heldout = _data(config, tokenizer)
-    model = _model(config, len(tokenizer))
+    model = _model(config, method, len(tokenizer))
+    dense_layout = config.dense or method.dense_layout
     optimizer = _optimizer(config, method, model)
     if not config.dense:  # refuse now what the first update would
         check_trainable(dict(named_sparse_layers(model)), optimizer, method, config.schedule)
@@ -232,7 +233,7 @@ def pretrain(
         run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
         tokenizer.save_pretrained(run.path)
     topology = None if config.dense else _topology(config, method)
-    stop, progress = StopOnSignal(), ProgressBar(None if config.dense else config.density)
+    stop, progress = StopOnSignal(), ProgressBar(None if dense_layout else config.density)
     trainer = PretrainingTrainer(
         model,
         _arguments(config, run),
@@ -265,7 +266,7 @@ def pretrain(
         step=trainer.state.global_step,
         before=before,
         after=after,
-        density=1.0 if config.dense else density_of(layer for _, layer in named_sparse_layers(model)),
+        density=1.0 if dense_layout else density_of(layer for _, layer in named_sparse_layers(model)),
         coverage=topology.updater.coverage if topology and topology.updater else None,
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
@@ -281,7 +282,13 @@ def _tokenizer(config: PretrainConfig) -> PreTrainedTokenizerBase:
     """The given one, or one trained on the corpus and kept for the next run."""
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
-    recipe = [corpus_fingerprint(config.data), config.text_field, config.max_documents, config.vocab_size]
+    recipe = [
+        TOKENIZER_FORMAT,
+        corpus_fingerprint(config.data),
+        config.text_field,
+        config.max_documents,
+        config.vocab_size,
+    ]
     key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=12).hexdigest()
     cached = cache_root() / f"tokenizer-{key}"
     if not cached.exists():
@@ -308,7 +315,7 @@ def _data(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[P
     return stream, splits.heldout.first(config.eval_sequences)
 
 
-def _model(config: PretrainConfig, vocab_size: int) -> BertForPreTraining:
+def _model(config: PretrainConfig, method: Method, vocab_size: int) -> BertForPreTraining:
     set_seed(config.seed)
     bert = bert_config(config.size, vocab_size=vocab_size, max_length=config.max_length, dropout=config.dropout)
     density = None if config.dense else config.density
@@ -318,6 +325,7 @@ def _model(config: PretrainConfig, vocab_size: int) -> BertForPreTraining:
         block_size=config.block_size,
         distribution=config.densities,
         fusions=Fusions.named(config.fuse),
+        masked=method.dense_layout,
         seed=config.seed,
     )
     if config.lr_rule == "supar":

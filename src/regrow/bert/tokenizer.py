@@ -18,15 +18,22 @@ from regrow.bert.sentences import split_sentences
 from regrow.errors import RegrowError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_ALPHABET = 1000
+TOKENIZER_FORMAT = 2
+"""Raised when the same text and arguments come to give another vocabulary, so that caches notice."""
+
+
+def _most_characters(vocab_size: int) -> int:
+    """How many characters a vocabulary knows: each takes two entries, and few of those that are rare ever pay."""
+    return min(1000, max(128, vocab_size // 16))
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int = 30522, lowercase: bool = True) -> PreTrainedTokenizerBase:
     """Train a BERT tokenizer of at most `vocab_size` word pieces on `texts` (any strings, read once).
 
-    The special tokens ``[PAD] [UNK] [CLS] [SEP] [MASK]`` have the ids 0 to 4, then come the 1,000 most
-    frequent characters, each alone and as a ``##`` continuation, then longer pieces. The result depends on
-    nothing but the arguments. `lowercase` also strips accents, as in the original BERT.
+    The special tokens ``[PAD] [UNK] [CLS] [SEP] [MASK]`` have the ids 0 to 4, then come the most frequent characters
+    (at most 1,000 and an eighth of the vocabulary, but 128 at least), each alone and as a ``##`` continuation, then
+    longer pieces. The result depends on nothing but the arguments. `lowercase` also strips accents, as in the original
+    BERT.
 
     Raises:
         RegrowError: there is no text, or `vocab_size` does not hold the characters of the text.
@@ -46,7 +53,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 30522, lowercase: bo
             characters.update(text)
             spool.write(text + "\n")
         spool.seek(0)
-        alphabet = _alphabet(characters, normalizer)
+        alphabet = _alphabet(characters, normalizer, _most_characters(vocab_size))
         if not alphabet:
             raise RegrowError("there is no text to train a tokenizer on: the texts are empty")
         fixed = [*SPECIAL_TOKENS, *alphabet, *("##" + character for character in alphabet)]
@@ -69,8 +76,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 30522, lowercase: bo
     return _bert_tokenizer(backend.get_vocab(), lowercase)
 
 
-def _alphabet(characters: Counter[str], normalizer: Any) -> list[str]:
-    """The most frequent characters after normalisation, in code point order.
+def _alphabet(characters: Counter[str], normalizer: Any, most: int) -> list[str]:
+    """The ``most`` frequent characters after normalisation, in code point order.
 
     The trainer numbers ``##`` characters in the order of a randomly seeded hash map, and breaks ties between
     merges by those numbers: two runs give two vocabularies. Handing it all characters as fixed tokens removes
@@ -81,7 +88,7 @@ def _alphabet(characters: Counter[str], normalizer: Any) -> list[str]:
         for normal in normalizer.normalize_str(character):
             if not normal.isspace():
                 counts[normal] += count
-    frequent = sorted(counts, key=lambda c: (-counts[c], c))[:_ALPHABET]
+    frequent = sorted(counts, key=lambda c: (-counts[c], c))[:most]
     return sorted(frequent)
 
 

@@ -1,6 +1,16 @@
 """Sparse-training methods, one file each; :func:`available` lists them."""
 
-from regrow.methods.base import LayerSize, Method, available, create, method_class, register
+from regrow.methods.base import DenseLayoutMethod, LayerSize, Method, available, create, method_class, register
 from regrow.methods.signals import Gradient, Signals
 
-__all__ = ["Gradient", "LayerSize", "Method", "Signals", "available", "create", "method_class", "register"]
+__all__ = [
+    "DenseLayoutMethod",
+    "Gradient",
+    "LayerSize",
+    "Method",
+    "Signals",
+    "available",
+    "create",
+    "method_class",
+    "register",
+]

@@ -12,8 +12,9 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
@@ -42,6 +43,9 @@ class Method(ABC):
     needs_gradient: ClassVar[bool] = False
     """``signals.gradient`` is present; :meth:`propose` is then called during the backward pass of the update step."""
 
+    dense_layout: ClassVar[bool] = False
+    """Trains ordinary dense weights and only masks them: see :class:`DenseLayoutMethod`."""
+
     exact_budget: ClassVar[bool] = True
     """A layer ends an update with exactly ``signals.n_after`` blocks; else it may lack less than one per block row."""
 
@@ -69,6 +73,42 @@ class Method(ABC):
     def update_flops(self, layer: LayerSize, tokens: int) -> int:
         """FLOPs of one update of a layer beyond ordinary training, comparisons not counted."""
         return 0
+
+
+class Schedule(Protocol):
+    """What a method needs to know of :class:`regrow.training.UpdateSchedule`."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the training."""
+
+    @property
+    def n_updates(self) -> int:
+        """Segments it is cut into."""
+
+
+class DenseLayoutMethod(Method):
+    """A control that keeps dense weights and decides, phase by phase, which of their blocks train.
+
+    It never moves blocks of a :class:`~regrow.BlockSparseLinear`, and costs what dense training costs.
+    """
+
+    always_sparse = False
+    dense_layout = True
+
+    unused: Literal["zero", "freeze"]
+    """What becomes of blocks that do not train."""
+
+    @abstractmethod
+    def phase(self, schedule: Schedule, step: int) -> int | None:
+        """``None`` where the step after ``step`` is dense; in a sparse phase what its random choice depends on."""
+
+    @abstractmethod
+    def choose(self, norms: Tensor, n_active: int, generator: torch.Generator) -> Tensor:
+        """The ``n_active`` blocks to train, as a mask of the shape of ``norms``, the L1 norms of all blocks."""
+
+    def propose(self, signals: Signals) -> None:
+        raise RegrowError(f"{self.name} trains dense layers; it cannot move the blocks of a sparse one")
 
 
 M = TypeVar("M", bound=type[Method])

@@ -51,6 +51,8 @@ def markdown() -> str:
 
 def signals_of(method: Method) -> str:
     """What a method looks at besides the weights."""
+    if method.dense_layout:
+        return "dense weights"
     if not method.needs_gradient:
         return "values" if method.moves else "nothing"
     return "candidate gradients" if method.always_sparse else "dense gradient"

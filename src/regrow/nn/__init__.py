@@ -4,6 +4,7 @@ from regrow.nn.attention import attention
 from regrow.nn.ffn import sparse_ffn
 from regrow.nn.linear import BLOCK_SIZES, BlockSparseLinear
 from regrow.nn.loss import linear_cross_entropy
+from regrow.nn.masked import MaskedLinear, mask_linears
 from regrow.nn.merged import merged_linear
 from regrow.nn.norm import DropoutAddNorm, dropout, dropout_add_norm
 from regrow.nn.sparse_attention import sparse_attention
@@ -13,12 +14,14 @@ __all__ = [
     "BLOCK_SIZES",
     "BlockSparseLinear",
     "DropoutAddNorm",
+    "MaskedLinear",
     "attention",
     "densify",
     "density_of",
     "dropout",
     "dropout_add_norm",
     "linear_cross_entropy",
+    "mask_linears",
     "merged_linear",
     "named_sparse_layers",
     "sparse_attention",

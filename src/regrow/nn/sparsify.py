@@ -87,7 +87,7 @@ def sparsify(
         raise RegrowError(f"init must be 'truncated_normal' or 'keep', got {init!r}")
     if on_slow not in ("ignore", "warn"):
         raise RegrowError(f"on_slow must be 'ignore' or 'warn', got {on_slow!r}")
-    chosen = _chosen_layers(model, include, exclude)
+    chosen = chosen_layers(model, include, exclude)
     chosen = _divisible(chosen, block_size, on_mismatch)
     if not chosen:
         raise RegrowError(f"no nn.Linear matches include={include!r}, exclude={exclude!r}; nothing to sparsify")
@@ -105,7 +105,7 @@ def sparsify(
             sparse.load_dense_(dense.weight)
             if sparse.bias is not None:
                 sparse.bias.data.copy_(dense.bias)
-        model = _replace(model, name, sparse)
+        model = replace_module(model, name, sparse)
     record_layout(model, dict(named_sparse_layers(model)))
     return model
 
@@ -132,12 +132,13 @@ def densify(model: Model) -> Model:
         dense.weight = nn.Parameter(sparse.to_dense(), requires_grad=sparse.values.requires_grad)
         if sparse.bias is not None:
             dense.bias = sparse.bias
-        model = _replace(model, name, dense.train(sparse.training))
+        model = replace_module(model, name, dense.train(sparse.training))
     record_layout(model, {})
     return model
 
 
-def _chosen_layers(model: nn.Module, include: Globs, exclude: Globs) -> dict[str, nn.Linear]:
+def chosen_layers(model: nn.Module, include: Globs, exclude: Globs = ()) -> dict[str, nn.Linear]:
+    """Every plain ``nn.Linear`` whose name any ``include`` and no ``exclude`` matches."""
     include, exclude = _as_globs(include), _as_globs(exclude)
     return {
         name: module
@@ -214,7 +215,8 @@ def _replacement(dense: nn.Linear, block_size: int, density: float, generator: t
     return sparse.train(dense.training)
 
 
-def _replace(model: Model, name: str, module: nn.Module) -> Model:
+def replace_module(model: Model, name: str, module: nn.Module) -> Model:
+    """Put ``module`` where ``name`` is; returns the model, which is ``module`` itself if ``name`` is empty."""
     if not name:
         return module  # type: ignore[return-value]
     parent, _, leaf = name.rpartition(".")

@@ -38,6 +38,17 @@ class Claim:
         if found is not None:
             self.votes.append(found.sign * wanted)
 
+    def vote_same(self, found: Estimate | None, margin: float) -> None:
+        """Count a difference that the claim says is none: for it within the margin, against it surely outside."""
+        if found is None:
+            return
+        if found.half_width is None:
+            self.votes.append(0)
+        elif abs(found.mean) + found.half_width < margin:
+            self.votes.append(1)
+        else:
+            self.votes.append(-1 if abs(found.mean) - found.half_width > margin else 0)
+
 
 def shown(found: Estimate | None, digits: int = 3) -> str | None:
     """``mean +- half width (n)``.

@@ -7,18 +7,19 @@ there is nothing to compare. Configurations are taken at their best learning rat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, DenseFamily, Tuned, along, difference, spearman
 from regrow.study.claim import Claim, shown, signed
+from regrow.study.claims_masked import alternation, freezing
 from regrow.study.pareto import PAPER_LR_FIT, Estimate, fit_learning_rate_rule
 from regrow.study.pictures import spread
 
 
-def claims(tuned: Sequence[Tuned], every: Sequence[Configuration]) -> list[Claim]:
-    """All claims, in order; ``every`` also has the configurations at other learning rates."""
+def claims(tuned: Sequence[Tuned]) -> list[Claim]:
+    """All claims, in order."""
     best = [t.best for t in tuned]
     return [
         _against_dense(best),
@@ -30,8 +31,8 @@ def claims(tuned: Sequence[Tuned], every: Sequence[Configuration]) -> list[Claim
         _block_size(best),
         _learning_rate(tuned),
         _collapse(best),
-        _freezing(every),
-        _alternation(every),
+        freezing(best),
+        alternation(best),
     ]
 
 
@@ -346,38 +347,3 @@ def _collapses(claim: Claim, rigl: Configuration, random: Configuration) -> None
         claim.missing.append("pattern pictures of both methods, to tell input from output dimension")
     claim.findings.append(told)
     claim.votes.append(-1 if coverage >= 0.9 else int(along_inputs))
-
-
-def _freezing(every: Sequence[Configuration]) -> Claim:
-    return _of_option(
-        every,
-        "C10",
-        "Zeroed weights and frozen non-zero weights give the same loss; when the freezing happens hardly matters.",
-        lambda c: "freez" in str(c.get("method")) or "freeze" in c.first.config,
-        "runs that freeze weights instead of zeroing them",
-    )
-
-
-def _alternation(every: Sequence[Configuration]) -> Claim:
-    return _of_option(
-        every,
-        "C11",
-        "Alternating dense and sparse: with zeroing, magnitude beats fixed and random; with freezing, random is best.",
-        lambda c: "altern" in str(c.get("method")),
-        "runs that alternate dense and sparse training",
-    )
-
-
-def _of_option(
-    every: Sequence[Configuration], name: str, text: str, keep: Callable[[Configuration], bool], missing: str
-) -> Claim:
-    """Claims about variants: the losses are listed, the reader judges."""
-    claim = Claim(name, text, ["size", "family", "variant", "loss"])
-    found = [c for c in every if not c.first.dense and keep(c)]
-    for c in _by_flops(found):
-        options = ("freeze", "freeze_at", "unused", "selection", "pattern")
-        variant = ", ".join(f"{option} {c.get(option)}" for option in options if c.get(option) is not None)
-        claim.rows.append([c.get("size"), c.first.family, variant, shown(c.loss)])
-    claim.votes += [0] * bool(found)
-    claim.missing += [] if found else [missing]
-    return claim

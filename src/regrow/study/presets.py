@@ -15,7 +15,7 @@ from regrow.study.spec import RunSpec, Study
 SCALES = ("cpu", "gpu", "paper")
 _FOLDER = Path(str(files("regrow") / "presets" / "studies"))
 _COMMON = "_scales"
-_TOP = ("name", "claim", "figure", "missing", "defaults", "experiments", "scales")
+_TOP = ("name", "claim", "figure", "defaults", "experiments", "scales")
 
 
 def available_studies() -> list[str]:
@@ -58,7 +58,7 @@ def load_study(name: str | Path, scale: str | None = None) -> Study:
     document = read_yaml(path)
     _check(document, _TOP, str(path))
     defaults, experiments = document.get("defaults", {}), document.get("experiments", [{}])
-    missing, scales = document.get("missing", ""), document.get("scales")
+    scales = document.get("scales")
     if scales is None and scale is not None:
         raise RegrowError(f"{path} has no scales; leave scale={scale!r} out")
     if scales is not None:
@@ -66,11 +66,10 @@ def load_study(name: str | Path, scale: str | None = None) -> Study:
         if scale not in scales:
             raise RegrowError(f"{path} has no scale {scale!r}; it has {', '.join(scales)}")
         own = scales[scale] or {}
-        _check(own, ("defaults", "experiments", "missing"), f"{path}, scale {scale}")
+        _check(own, ("defaults", "experiments"), f"{path}, scale {scale}")
         common = read_yaml(_FOLDER / f"{_COMMON}.yaml").get(scale, {})
         defaults = common | defaults | own.get("defaults", {})
         experiments = own.get("experiments", experiments)
-        missing = own.get("missing", missing)
     return Study(
         name=str(document.get("name", path.stem)),
         claim=" ".join(str(document.get("claim", "")).split()),
@@ -78,7 +77,6 @@ def load_study(name: str | Path, scale: str | None = None) -> Study:
         defaults=defaults,
         experiments=experiments,
         figure=str(document.get("figure", "")),
-        missing=missing,
     )
 
 
@@ -89,8 +87,6 @@ def listing() -> str:
         scales = read_yaml(_FOLDER / f"{name}.yaml").get("scales", {})
         study = load_study(name)
         lines.append(f"{name:5} {' '.join(scales):14} {study.claim}" + (f" ({study.figure})" if study.figure else ""))
-        if study.missing:
-            lines.append(f"{'':20} cannot run yet: this version of regrow lacks {study.missing}")
     return "\n".join(lines)
 
 

@@ -139,7 +139,7 @@ def report_data(runs: Sequence[Run], *, title: str = "Runs", notes: Sequence[str
                 "findings": list(dict.fromkeys(claim.findings)),
                 "missing": list(dict.fromkeys(claim.missing)),
             }
-            for claim in claims(tuned, every)
+            for claim in claims(tuned)
         ],
     }
 

@@ -155,7 +155,6 @@ class Study:
             for learning rates of so many times what Eq. 3 of the paper gives to that size and density.
         overrides: options that win over both, as the command line gives them.
         figure: where in the paper.
-        missing: what this version lacks to run it; :meth:`runs` then raises.
 
     Example:
         >>> study = Study("sizes", experiments=[{"size": ["2/64", "2/128"], "seeds": 2}], defaults={"method": "static"})
@@ -170,16 +169,13 @@ class Study:
     experiments: Sequence[Mapping[str, Any]] = ({},)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     figure: str = ""
-    missing: str = ""
 
     def runs(self) -> list[RunSpec]:
         """Its runs, each once, in the order in which they are asked for.
 
         Raises:
-            RegrowError: an option of one is unknown or unusable, or the study needs what this version lacks.
+            RegrowError: an option of one is unknown or unusable.
         """
-        if self.missing:
-            raise RegrowError(f"study {self.name!r} cannot run: this version of regrow lacks {self.missing}")
         return list(dict.fromkeys(RunSpec(options) for options in self._options()))
 
     def labels(self) -> dict[str, str]:

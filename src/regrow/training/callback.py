@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regrow.errors import RegrowError
-from regrow.methods import Method
+from regrow.methods import DenseLayoutMethod, Method, create
 from regrow.training.checkpoint import TOPOLOGY_FILE, load_tensors
+from regrow.training.masked import MaskedTraining
 from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import Decay, UpdateSchedule
 from regrow.training.updater import TopologyUpdater
@@ -61,15 +62,19 @@ class RegrowCallback(TrainerCallback):
             stop=stop,
         )
         self.seed, self.on_update = seed, on_update
-        self.updater: TopologyUpdater | None = None
+        self.updater: TopologyUpdater | MaskedTraining | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         schedule = self.schedule(state.max_steps)
-        self.updater = TopologyUpdater(
-            kwargs["model"], kwargs["optimizer"], self.method, schedule=schedule, seed=self.seed
-        )
+        model, method = kwargs["model"], create(self.method) if isinstance(self.method, str) else self.method
+        if isinstance(method, DenseLayoutMethod):
+            self.updater = MaskedTraining(model, method, schedule=schedule, seed=self.seed)
+            if state.global_step == 0:
+                self.updater.start()
+        else:
+            self.updater = TopologyUpdater(model, kwargs["optimizer"], method, schedule=schedule, seed=self.seed)
         if state.global_step > 0:
             checkpoint = _checkpoint_folder(args, state)
             self.updater.load_state_dict(load_tensors(checkpoint / TOPOLOGY_FILE))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from regrow.topology import ExploredPositions, TopologyUpdate
 from regrow.training.capture import GradientCapture
 from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import UpdateSchedule
+from regrow.training.seeds import mix
 
 _NEVER = -1
 
@@ -193,7 +193,7 @@ class TopologyUpdater:
             layer.values.data,
             layer.topology,
             self.schedule.fraction(step),
-            torch.Generator().manual_seed(_mix(self.seed, step, name)),
+            torch.Generator().manual_seed(mix(self.seed, step, name)),
             progress=step / self.schedule.total_steps,
             start_blocks=history.start_blocks,
             explored=history.explored,
@@ -277,8 +277,3 @@ def _start_history(layer: BlockSparseLinear) -> _LayerHistory:
     explored.add(layer.topology.keys())
     n_blocks = layer.topology.n_blocks
     return _LayerHistory(explored, torch.zeros(n_blocks, dtype=torch.int32), n_blocks)
-
-
-def _mix(seed: int, step: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 2**63
