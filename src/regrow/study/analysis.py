@@ -63,6 +63,11 @@ class Configuration:
         """Mean over seeds."""
         return _mean(run.fresh_removed for run in self.runs)
 
+    @property
+    def sparsity(self) -> float:
+        """1 - density, without the noise of the subtraction."""
+        return round(1 - self.get("density"), 6)
+
     def get(self, name: str) -> Any:
         """A value of the shared configuration; what the run resolves itself comes resolved."""
         resolved = {"learning_rate", "n_updates", "method", "density", "block_size", "size", "dropout"}

@@ -48,10 +48,6 @@ def _mean_loss(c: Configuration) -> float:
     return c.loss.mean if c.loss else float("inf")
 
 
-def _sparsity(c: Configuration) -> float:
-    return round(1 - c.get("density"), 6)
-
-
 def _against_dense(best: Sequence[Configuration]) -> Claim:
     claim = Claim(
         "C1",
@@ -118,7 +114,7 @@ def _over_sparsity(best: Sequence[Configuration]) -> Claim:
     )
     for group in along(_sparse(best, "dynsparse"), "density"):
         for c in sorted(group, key=lambda c: -c.get("density")):
-            family, sparsity = DenseFamily(best, c), _sparsity(c)
+            family, sparsity = DenseFamily(best, c), c.sparsity
             minus = family.difference()
             claim.row(c.get("size"), c.get("block_size"), sparsity, shown(c.loss), signed(minus), family.reduction())
             if minus is None:
@@ -153,7 +149,7 @@ def _axis(claim: Claim, group: Sequence[Configuration], name: str, title: str) -
     best = min(group, key=_mean_loss)
     for c in group:
         minus = None if c is best else difference(c, best)
-        claim.row(c.get("size"), c.get("block_size"), _sparsity(c), title, c.get(name), shown(c.loss), signed(minus))
+        claim.row(c.get("size"), c.get("block_size"), c.sparsity, title, c.get(name), shown(c.loss), signed(minus))
     at = group.index(best)
     if 0 < at < len(group) - 1:
         for other in (group[0], group[-1]):
@@ -253,7 +249,7 @@ def _block_size(best: Sequence[Configuration]) -> Claim:
             family = DenseFamily(best, c)
             minus = family.difference()
             against_dense = family.loss(), signed(minus), family.reduction(), family.eps()
-            claim.row(c.get("size"), c.get("block_size"), _sparsity(c), shown(c.loss), *against_dense)
+            claim.row(c.get("size"), c.get("block_size"), c.sparsity, shown(c.loss), *against_dense)
             if minus is None:
                 claim.missing.append(f"dense sizes whose FLOPs enclose those of block {c.get('block_size')}")
             elif minus.sign:
@@ -284,7 +280,7 @@ def _learning_rate(tuned: Sequence[Tuned]) -> Claim:
         ratio = rate / base if base else None
         rule = _rule(s)
         at_edge = "yes" if t.at_edge else "no"
-        claim.row(c.get("size"), c.first.family, _sparsity(c), rate, ratio, rule, len(t.tried), at_edge)
+        claim.row(c.get("size"), c.first.family, c.sparsity, rate, ratio, rule, len(t.tried), at_edge)
         if ratio is None:
             claim.missing.append(f"dense {c.get('size')} at two or more learning rates")
         elif not t.at_edge:

@@ -28,9 +28,8 @@ def freezing(best: Sequence[Configuration]) -> Claim:
             unused, time = c.get("unused"), c.get("dense_until")
             over_zero = difference(c, zeroed[time]) if unused != "zero" and time in zeroed else None
             over_first = difference(c, first[unused]) if c is not first[unused] else None
-            claim.rows.append(
-                [c.get("size"), _sparsity(c), time, unused, shown(c.loss), signed(over_zero), signed(over_first)]
-            )
+            differences = signed(over_zero), signed(over_first)
+            claim.row(c.get("size"), c.sparsity, time, unused, shown(c.loss), *differences)
             for found in (over_zero, over_first):
                 claim.vote_same(found, SAME)
     if not claim.rows:
@@ -51,7 +50,7 @@ def alternation(best: Sequence[Configuration]) -> Claim:
         magnitude, unused = by_selection.get("magnitude"), str(group[0].get("unused"))
         for selection, c in sorted(by_selection.items()):
             minus = difference(c, magnitude) if magnitude is not None and c is not magnitude else None
-            claim.rows.append([c.get("size"), _sparsity(c), unused, selection, shown(c.loss), signed(minus)])
+            claim.row(c.get("size"), c.sparsity, unused, selection, shown(c.loss), signed(minus))
         for better, worse in pairwise(order[unused]):
             if better in by_selection and worse in by_selection:
                 claim.vote(difference(by_selection[better], by_selection[worse]), -1)
@@ -62,7 +61,3 @@ def alternation(best: Sequence[Configuration]) -> Claim:
 
 def _acdc(best: Iterable[Configuration]) -> list[Configuration]:
     return [c for c in best if c.get("method") == "acdc"]
-
-
-def _sparsity(c: Configuration) -> float:
-    return round(1 - c.get("density"), 6)

@@ -19,6 +19,7 @@ from regrow.bert.pretrain import PretrainConfig
 from regrow.bert.run import RunDirectory
 from regrow.bert.sizes import bert_config
 from regrow.errors import RegrowError
+from regrow.methods import method_class
 from regrow.nn.flops import count_flops
 from regrow.nn.flops_family import ATTENTION, ENCODER
 
@@ -176,7 +177,7 @@ def paper_flops(config: PretrainConfig) -> dict[str, float]:
     :func:`regrow.count_flops` counts the dense encoder. Its linears are then taken times the density, and all of it
     three times: forward and, by the paper's convention, twice as much backward. A density that moves (gmp), varies
     over layers or is not that of a whole number of blocks counts as the one that was asked for; updates of the pattern
-    are not counted.
+    are not counted. Masked dense weights (acdc) count in full.
 
     Example:
         >>> f"{paper_flops(PretrainConfig(size='base', density=0.1))['per_sequence_paper']:.3g}"
@@ -185,7 +186,8 @@ def paper_flops(config: PretrainConfig) -> dict[str, float]:
     Reference: Dietrich et al. 2021, arXiv 2108.06277, appendix A.2.
     """
     linears, attention = _dense_forward(config.size, config.max_length)
-    sequence = 3.0 * (linears * (1.0 if config.dense else config.density) + attention)
+    density = 1.0 if config.dense or method_class(config.method).dense_layout else config.density
+    sequence = 3.0 * (linears * density + attention)
     return {"per_sequence_paper": sequence, "train_paper": sequence * config.batch_size * config.steps}
 
 
