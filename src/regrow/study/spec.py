@@ -19,6 +19,7 @@ import yaml
 from regrow.bert.corpus import corpus_fingerprint
 from regrow.bert.pretrain import PretrainConfig
 from regrow.bert.sizes import size_named
+from regrow.bert.tokenizer import TOKENIZER_FORMAT
 from regrow.errors import RegrowError
 from regrow.methods import Method, method_class
 from regrow.optim import sparse_learning_rate
@@ -120,7 +121,9 @@ class RunSpec:
             "eval_steps": config.eval_steps or config.steps,
             "data": _corpus_content(config.data),
         }
-        if config.tokenizer is not None:
+        if config.tokenizer is None:
+            recipe["tokenizer_format"] = TOKENIZER_FORMAT
+        else:
             recipe |= {"tokenizer": _tokenizer_content(config.tokenizer), "vocab_size": None}
         without: list[str] = []
         if config.learning_rate is None:
