@@ -1,6 +1,5 @@
 """What the operators promise besides their values: differentiability, checks, memory, and a safe fork."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from regrow.errors import RegrowError
 from regrow.kernels import cpu, sddmm, spmm, spmm_gelu, spmm_t
 
+from ..allocations import LargestTensor
+from .forking import in_forked_child, needs_fork
 from .problems import normal, pattern
 
 P = pattern(4, 3, 5)
@@ -90,18 +91,6 @@ def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == ["spmm"]
 
 
-class Sizes(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return out
-
-
 class Written(TorchDispatchMode):
     """Adds up the elements of all results."""
 
@@ -120,10 +109,10 @@ def test_nothing_dense_is_allocated(b: int, dtype: torch.dtype) -> None:
     x = normal(4, 512, dtype=dtype).requires_grad_()
     values = normal(p.n_blocks, b, b, dtype=dtype).requires_grad_()
     bias = normal(256, dtype=dtype).requires_grad_()
-    with Sizes() as sizes:
+    with LargestTensor() as largest:
         spmm(x, values, bias, *p.index).square().sum().backward()
-    assert sizes.largest >= values.numel()
-    assert sizes.largest < 256 * 512
+    assert largest.elements >= values.numel()
+    assert largest.elements < 256 * 512
 
 
 BAD = [
@@ -224,22 +213,15 @@ def test_unknown_isa_is_refused() -> None:
         cpu.native().set_isa("avx1024")
 
 
-def _child(queue: "multiprocessing.Queue[float]") -> None:
-    torch.set_num_threads(1)
-    x, values, bias, *index = arguments("spmm", 4, grad=False)
-    queue.put(float(spmm(x, values, bias, *index).sum()))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@needs_fork
 def test_one_thread_works_in_a_forked_child() -> None:
     x, values, bias, *index = arguments("spmm", 4, grad=False)
-    expected = float(spmm(x, values, bias, *index).sum())  # the parent's thread pool now exists
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_child, args=(queue,))
-    child.start()
-    assert queue.get(timeout=30) == expected
-    child.join()
+
+    def compute() -> float:
+        return float(spmm(x, values, bias, *index).sum())
+
+    expected = compute()  # the parent's thread pool now exists
+    assert in_forked_child(compute) == expected
 
 
 def test_several_python_threads_at_once() -> None:

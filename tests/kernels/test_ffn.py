@@ -1,19 +1,16 @@
 """Two products and the GELU between them as one operator: values, gradients, and what else it promises."""
 
-import multiprocessing
-import os
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu, ffn
 
+from ..allocations import LargestTensor
 from ..tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_dense
+from .forking import in_forked_child, needs_fork
 from .problems import Pattern, normal, pattern, to_dense
 
 BLOCKS = [1, 2, 4, 8, 16, 32, 64]
@@ -127,22 +124,11 @@ def test_only_needed_gradients(needed: int, isa: str) -> None:
         assert torch.equal(grad, expected[i])
 
 
-class Sizes(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
-
-
 def test_nothing_of_the_hidden_width_is_allocated() -> None:
     problem = Problem(4, 8, 64, 8, 300, density=0.1)
-    with Sizes() as sizes:
+    with LargestTensor() as largest:
         problem.run(problem.ours)
-    assert sizes.largest == 300 * 32
+    assert largest.elements == 300 * 32
 
 
 @pytest.mark.parametrize("b", [1, 3, 4, 16])
@@ -238,24 +224,17 @@ def test_bad_tensors_are_named() -> None:
         ffn(problem.x, problem.values1, None, *index1, problem.values2, None, *problem.p2.index)
 
 
-def _child(queue: "multiprocessing.Queue[float]") -> None:
-    torch.set_num_threads(1)
-    problem = Problem(4, 3, 5, 2, 60)
-    queue.put(sum(float(t.sum()) for t in problem.run(problem.ours)))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@needs_fork
 def test_one_thread_works_in_a_forked_child() -> None:
     problem = Problem(4, 3, 5, 2, 60)
-    problem.run(problem.ours)  # the parent's thread pool now exists
+
+    def compute() -> float:
+        return sum(float(t.sum()) for t in problem.run(problem.ours))
+
+    compute()  # the parent's thread pool now exists
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    expected = sum(float(t.sum()) for t in problem.run(problem.ours))
+    expected = compute()
     torch.set_num_threads(before)
     assert "ffn" in dir(cpu.native())
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_child, args=(queue,))
-    child.start()
-    assert queue.get(timeout=30) == expected
-    child.join()
+    assert in_forked_child(compute) == expected

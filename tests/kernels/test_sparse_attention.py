@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from regrow.errors import RegrowError
 from regrow.kernels import attention, sparse_attention, spmm
 from regrow.kernels.attention import reference_attention, reference_attention_backward
 
+from ..allocations import LargestTensor
 from ..tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_dense
 from .problems import Pattern, from_dense, normal, pattern, to_dense
 
@@ -183,22 +182,11 @@ def test_only_needed_gradients(needed: int, isa: str) -> None:
         assert torch.equal(grad, expected[i])
 
 
-class Sizes(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
-
-
 def test_no_array_of_queries_keys_and_values() -> None:
     problem = Problem(4, [100, 200], density=0.1)
-    with Sizes() as sizes:
+    with LargestTensor() as largest:
         problem.run(problem.ours)
-    assert sizes.largest == 300 * 128
+    assert largest.elements == 300 * 128
 
 
 @pytest.mark.parametrize(("b", "dim"), [(3, 6), (4, 8), (4, 16)])

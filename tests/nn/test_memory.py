@@ -6,22 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from regrow import BlockSparseLinear
 
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return out
+from ..allocations import LargestTensor
 
 
 def test_no_tensor_of_in_x_out_elements_in_a_traced_step() -> None:

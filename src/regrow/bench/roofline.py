@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from regrow.bench.kernels import Row
+from regrow.bench.picture import new_figure
 from regrow.bench.timing import interleaved_medians
-from regrow.errors import RegrowError
 
 
 def intensity(row: Row) -> float:
@@ -43,12 +43,9 @@ def plot(rows: Sequence[Row], bandwidth: float, path: Path) -> None:
     Raises:
         RegrowError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise RegrowError('--plot needs matplotlib: pip install "regrow[plot]"') from None
+    figure = new_figure(7, 4.5)
     peak = max(row.dense_gflops for row in rows)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     grid = [1.0, peak / bandwidth, 1000.0]
     axes.plot(
         grid, [min(peak, bandwidth * x) for x in grid], color="grey", label=f"{bandwidth:.0f} GB/s, {peak:.0f} GF/s"
@@ -63,4 +60,3 @@ def plot(rows: Sequence[Row], bandwidth: float, path: Path) -> None:
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

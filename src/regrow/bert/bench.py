@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from tqdm.auto import tqdm
 
+from regrow.bench.picture import new_figure
 from regrow.bench.timing import interleaved_medians
 from regrow.bert.fused import Fusions, Tokens
 from regrow.bert.masking import IGNORE
@@ -304,11 +305,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     Raises:
         RegrowError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RegrowError("pictures need matplotlib: pip install 'regrow[plot]'") from None
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = new_figure(9, 3.2)
     axes = figure.subplots()
     left = dict.fromkeys(_TITLES, 0.0)
     for part in _all_parts(result):

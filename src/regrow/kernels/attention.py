@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu
-from regrow.kernels.dropout import dropout_factors, dropout_threshold
+from regrow.kernels.checks import check_offsets, check_offsets_contents, check_tensor
+from regrow.kernels.dropout import dropout_factors, dropout_threshold, unsigned_seed
 from regrow.kernels.register import register_operator
 
 _OPTIONS = "int heads, float scale, float p, SymInt seed"
@@ -151,51 +152,30 @@ def _check(qkv: Tensor, offsets: Tensor, heads: int, p: float) -> tuple[int, int
         raise RegrowError(f"heads is {heads}; it must be positive")
     if qkv.dim() != 2 or not qkv.shape[1] or qkv.shape[1] % (3 * heads):
         raise RegrowError(f"qkv is {list(qkv.shape)}; {heads} heads need [N, a multiple of {3 * heads}]")
-    if offsets.dtype is not torch.int32 or offsets.dim() != 1:
-        raise RegrowError(f"offsets must be a 1-D int32 tensor, not {offsets.dim()}-D {offsets.dtype}")
-    if offsets.device != qkv.device:
-        raise RegrowError(f"offsets is on {offsets.device}, qkv is on {qkv.device}")
-    if not offsets.shape[0]:
-        raise RegrowError("offsets is empty; it needs one entry more than there are sequences")
+    check_offsets(offsets, qkv.device)
     return qkv.shape[1] // (3 * heads), dropout_threshold(p)
 
 
 def _check_backward(g: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> None:
     n, hidden = qkv.shape[0], qkv.shape[1] // 3
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    for name, x, shape, dtype in (
-        ("g", g, (n, hidden), qkv.dtype),
-        ("out", out, (n, hidden), qkv.dtype),
-        ("lse", lse, (heads, n), wide),
-    ):
-        if x.shape != shape:
-            raise RegrowError(f"{name} is {list(x.shape)}; expected {list(shape)}")
-        if x.dtype is not dtype or x.device != qkv.device:
-            raise RegrowError(f"{name} is {x.dtype} on {x.device}; expected {dtype} on {qkv.device}")
-
-
-def _check_contents(offsets: Tensor, n: int) -> None:
-    """What the compiled kernels check themselves, for the reference."""
-    if int(offsets[0]) != 0 or int(offsets[-1]) != n or bool((offsets.diff() < 0).any()):
-        raise RegrowError(f"offsets must rise from 0 to the number of tokens, {n}")
+    check_tensor("g", g, (n, hidden), qkv.dtype, qkv.device)
+    check_tensor("out", out, (n, hidden), qkv.dtype, qkv.device)
+    check_tensor("lse", lse, (heads, n), wide, qkv.device)
 
 
 def _native(qkv: Tensor) -> bool:
     return qkv.is_cpu and qkv.dtype is torch.float32
 
 
-def _unsigned(seed: int) -> int:
-    return seed & 0xFFFFFFFFFFFFFFFF
-
-
 def _attention(qkv: Tensor, offsets: Tensor, heads: int, scale: float, p: float, seed: int) -> tuple[Tensor, Tensor]:
     dim, threshold = _check(qkv, offsets, heads, p)
     n = qkv.shape[0]
     if not _native(qkv):
-        _check_contents(offsets, n)
+        check_offsets_contents(offsets, n)
         return reference_attention(qkv, offsets, heads, scale, p, seed)
     out, lse = qkv.new_empty(n, heads * dim), qkv.new_empty(heads, n)
-    sizes = n, offsets.shape[0] - 1, heads, dim, scale, _unsigned(seed), threshold
+    sizes = n, offsets.shape[0] - 1, heads, dim, scale, unsigned_seed(seed), threshold
     cpu.call("attention", (qkv, offsets, out, lse), *sizes)
     return out, lse
 
@@ -215,10 +195,10 @@ def _attention_backward(
     _check_backward(g, qkv, out, lse, heads)
     n = qkv.shape[0]
     if not _native(qkv):
-        _check_contents(offsets, n)
+        check_offsets_contents(offsets, n)
         return reference_attention_backward(g, qkv, out, lse, offsets, heads, scale, p, seed)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    sizes = n, offsets.shape[0] - 1, heads, dim, scale, _unsigned(seed), threshold
+    sizes = n, offsets.shape[0] - 1, heads, dim, scale, unsigned_seed(seed), threshold
     cpu.call("attention_backward", (g, qkv, out, lse, offsets, dqkv), *sizes)
     return dqkv
 

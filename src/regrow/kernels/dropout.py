@@ -96,6 +96,11 @@ def signed_seed(seed: int) -> int:
     return seed - (1 << 64) if isinstance(seed, int) and seed >= 1 << 63 else seed
 
 
+def unsigned_seed(seed: int) -> int:
+    """The same 64 bits as a number without sign, which is what the compiled kernels take."""
+    return seed & 0xFFFFFFFFFFFFFFFF
+
+
 def dropout_threshold(p: float) -> int:
     """``round(65536 p)``: out of 65536, how many elements are dropped.
 
@@ -163,7 +168,7 @@ def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
     rows, cols = _matrix_shape(x)
     if cpu.supports_rows(x):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        cpu.call("dropout", (x, y), rows, cols, seed & 0xFFFFFFFFFFFFFFFF, threshold)
+        cpu.call("dropout", (x, y), rows, cols, unsigned_seed(seed), threshold)
         return y
     return x.contiguous() * dropout_factors(seed, rows, cols, p, x.dtype, x.device).view(x.shape)
 

@@ -5,7 +5,6 @@ outside a cache. The backward pass computes the hidden activations again instead
 the compiled kernels, everything else a composition of the reference operations.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,18 +12,27 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu, reference
-from regrow.kernels.ops import check_contents
+from regrow.kernels.checks import check_tensor
+from regrow.kernels.pair import (
+    INDEX1,
+    INDEX2,
+    check_pair,
+    check_pair_contents,
+    chosen,
+    empty_gradients,
+    pair_gradients,
+    pair_of,
+)
+from regrow.kernels.reference import Weight
 from regrow.kernels.register import register_operator
-
-_INDEX1, _INDEX2 = (f"Tensor row_ptr{i}, Tensor col_idx{i}, Tensor slot{i}" for i in (1, 2))
 
 torch.library.define(
     "regrow::ffn",
-    f"(Tensor x, Tensor values1, Tensor? bias1, {_INDEX1}, Tensor values2, Tensor? bias2, {_INDEX2}) -> Tensor",
+    f"(Tensor x, Tensor values1, Tensor? bias1, {INDEX1}, Tensor values2, Tensor? bias2, {INDEX2}) -> Tensor",
 )
 torch.library.define(
     "regrow::ffn_backward",
-    f"(Tensor g, Tensor x, Tensor values1, Tensor? bias1, {_INDEX1}, Tensor values2, {_INDEX2},"
+    f"(Tensor g, Tensor x, Tensor values1, Tensor? bias1, {INDEX1}, Tensor values2, {INDEX2},"
     " bool need_x, bool need_values1, bool need_bias1, bool need_values2, bool need_bias2)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -77,127 +85,60 @@ def ffn(
     return _FFN(x, values1, bias1, row_ptr1, col_idx1, slot1, values2, bias2, row_ptr2, col_idx2, slot2)
 
 
-# ---- checks ---------------------------------------------------------------------------------------
+# ---- operators ------------------------------------------------------------------------------------
 
 
-def check_blocks(name: str, values: Tensor, index: Sequence[Tensor]) -> None:
-    if values.dim() != 3 or values.shape[1] != values.shape[2] or not values.shape[1]:
-        raise RegrowError(f"{name} must be [n_blocks, b, b], not {list(values.shape)}")
-    row_ptr, col_idx, slot = index
-    which = name[-1]
-    for other, tensor in ((f"row_ptr{which}", row_ptr), (f"col_idx{which}", col_idx), (f"slot{which}", slot)):
-        if tensor.dtype is not torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise RegrowError(f"{other} must be a contiguous 1-D int32 tensor, not {tensor.dim()}-D {tensor.dtype}")
-        if tensor.device != values.device:
-            raise RegrowError(f"{other} is on {tensor.device}, {name} is on {values.device}")
-        if tensor is not row_ptr and tensor.shape[0] != values.shape[0]:
-            raise RegrowError(f"{other} has {tensor.shape[0]} entries for {values.shape[0]} blocks")
-    if not row_ptr.shape[0]:
-        raise RegrowError(f"row_ptr{which} is empty; it needs one entry more than there are block rows")
-
-
-def _check(
-    x: Tensor,
-    values1: Tensor,
-    bias1: Tensor | None,
-    index1: Sequence[Tensor],
-    values2: Tensor,
-    bias2: Tensor | None,
-    index2: Sequence[Tensor],
-) -> tuple[int, int, int]:
-    """The widths ``in, hidden, out``."""
-    if not x.is_floating_point():
-        raise RegrowError(f"x is {x.dtype}; it must be floating point")
-    for name, tensor in (("values1", values1), ("bias1", bias1), ("values2", values2), ("bias2", bias2)):
-        if tensor is not None and (tensor.dtype is not x.dtype or tensor.device != x.device):
-            raise RegrowError(f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
-    check_blocks("values1", values1, index1)
-    check_blocks("values2", values2, index2)
-    b = values1.shape[1]
-    if values2.shape[1] != b:
-        raise RegrowError(f"values1 has blocks of {b} and values2 blocks of {values2.shape[1]}; they must agree")
-    if x.dim() != 2 or x.shape[1] % b:
-        raise RegrowError(f"x is {list(x.shape)}; blocks of {b} need [N, a multiple of {b}]")
-    hidden, out = ((index[0].shape[0] - 1) * b for index in (index1, index2))
-    for name, bias, width in (("bias1", bias1, hidden), ("bias2", bias2, out)):
-        if bias is not None and bias.shape != (width,):
-            raise RegrowError(f"{name} is {list(bias.shape)}; expected [{width}]")
-    return x.shape[1], hidden, out
-
-
-# ---- forward and gradient ---------------------------------------------------------------------------
-
-
-def _compiled(
-    x: Tensor, widths: tuple[int, int, int], b: int, index1: Sequence[Tensor], index2: Sequence[Tensor]
-) -> bool:
+def _compiled(x: Tensor, first: Weight, second: Weight) -> bool:
     """Whether the compiled kernels do it; if not, the indices are checked here."""
-    n_in, hidden, _out = widths
-    if cpu.supports(x, b) and hidden:
+    if cpu.supports(x, first.values.shape[1]) and first.out_features:
         return True
-    check_contents(index1, n_in // b, "1")
-    check_contents(index2, hidden // b, "2")
+    check_pair_contents(x, first, first.out_features, second)
     return False
 
 
-def _sizes(x: Tensor, widths: tuple[int, int, int], values1: Tensor, values2: Tensor) -> tuple[int, ...]:
-    b = values1.shape[1]
-    return x.shape[0], *(width // b for width in widths), values1.shape[0], values2.shape[0], b
+def _sizes(x: Tensor, first: Weight, second: Weight) -> tuple[int, ...]:
+    n_blocks1, b, _ = first.values.shape
+    widths = x.shape[1], first.out_features, second.out_features
+    return x.shape[0], *(width // b for width in widths), n_blocks1, second.values.shape[0], b
 
 
-def _ffn(x: Tensor, values1: Tensor, bias1: Tensor | None, *rest: Any) -> Tensor:
-    index1, (values2, bias2), index2 = rest[:3], rest[3:5], rest[5:]
-    widths = _check(x, values1, bias1, index1, values2, bias2, index2)
-    if not _compiled(x, widths, values1.shape[1], index1, index2):
-        return reference.ffn(x, values1, bias1, index1, values2, bias2, index2)
-    y = x.new_empty(x.shape[0], widths[-1])
-    cpu.call("ffn", (x, values1, bias1, *index1, values2, bias2, *index2, y), *_sizes(x, widths, values1, values2))
+def _ffn(x: Tensor, *weights: Any) -> Tensor:
+    first, second = pair_of(weights)
+    check_pair(x, first, second)
+    if not _compiled(x, first, second):
+        return reference.ffn(x, first, second)
+    y = _ffn_fake(x, *weights)
+    cpu.call("ffn", (x, *weights, y), *_sizes(x, first, second))
     return y
 
 
-def _ffn_backward(g: Tensor, x: Tensor, values1: Tensor, bias1: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    index1, values2, index2, needed = rest[:3], rest[3], rest[4:7], rest[7:]
-    widths = _check(x, values1, bias1, index1, values2, None, index2)
-    if g.shape != (x.shape[0], widths[-1]) or g.dtype is not x.dtype or g.device != x.device:
-        wanted = f"{[x.shape[0], widths[-1]]} {x.dtype} on {x.device}"
-        raise RegrowError(f"g is {list(g.shape)} {g.dtype} on {g.device}; expected {wanted}")
-    grads = _empty_gradients(g, x, values1, values2, widths[1], needed)
-    if not _compiled(x, widths, values1.shape[1], index1, index2):
-        full = reference.ffn_backward(g, x, values1, bias1, index1, values2, index2)
-        return tuple(grad if need else none for grad, none, need in zip(full, grads, needed, strict=True))
-    written = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    arrays = (g, x, values1, bias1, *index1, values2, *index2, *written)
-    cpu.call("ffn_backward", arrays, *_sizes(x, widths, values1, values2))
+def _ffn_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weights, needed = rest[:9], rest[9:]
+    first, second = pair_of(weights)
+    check_pair(x, first, second)
+    check_tensor("g", g, (x.shape[0], second.out_features), x.dtype, x.device)
+    grads = empty_gradients(g, x, first, second, needed)
+    if not _compiled(x, first, second):
+        return chosen(needed, reference.ffn_backward(g, x, first, second), grads)
+    cpu.call("ffn_backward", (g, x, *weights, *chosen(needed, grads)), *_sizes(x, first, second))
     return grads
 
 
-def _empty_gradients(
-    g: Tensor, x: Tensor, values1: Tensor, values2: Tensor, hidden: int, needed: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    shapes = x.shape, values1.shape, (hidden,), values2.shape, (g.shape[1],)
-    return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needed, strict=True))
+def _ffn_fake(x: Tensor, *weights: Any) -> Tensor:
+    return x.new_empty(x.shape[0], pair_of(weights)[1].out_features)
 
 
-def _ffn_fake(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], (rest[7].shape[0] - 1) * rest[5].shape[1])
-
-
-def _ffn_backward_fake(g: Tensor, x: Tensor, values1: Tensor, bias1: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    hidden = (rest[0].shape[0] - 1) * values1.shape[1]
-    return _empty_gradients(g, x, values1, rest[3], hidden, rest[7:])
+def _ffn_backward_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(g, x, *pair_of(rest[:9]), rest[9:])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values1, bias1, *index1, values2, _bias2 = inputs[:8]
-    ctx.save_for_backward(x, values1, bias1, *index1, values2, *inputs[8:])
+    ctx.save_for_backward(*inputs[:7], *inputs[8:])  # all but the second bias
 
 
 def _gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    need_x, need_values1, need_bias1, _, _, _, need_values2, need_bias2 = ctx.needs_input_grad[:8]
-    needed = need_x, need_values1, need_bias1, need_values2, need_bias2
-    grads = _FFN_BACKWARD(g, *ctx.saved_tensors, *needed)
-    dx, dvalues1, dbias1, dvalues2, dbias2 = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return dx, dvalues1, dbias1, None, None, None, dvalues2, dbias2, None, None, None
+    need_x, *needs = ctx.needs_input_grad
+    return pair_gradients(_FFN_BACKWARD, (g, *ctx.saved_tensors), need_x, needs)
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu
-from regrow.kernels.dropout import dropout_factors, dropout_threshold, signed_seed
+from regrow.kernels.dropout import dropout_factors, dropout_threshold, signed_seed, unsigned_seed
 from regrow.kernels.register import register_operator
 
 torch.library.define(
@@ -130,7 +130,7 @@ def _forward(
     if not cpu.supports_rows(x):
         return reference_forward(x, residual, weight, bias, eps, p, seed)
     y, mean, rstd = _forward_fake(x)
-    sizes = *x.shape, eps, seed & 0xFFFFFFFFFFFFFFFF, threshold
+    sizes = *x.shape, eps, unsigned_seed(seed), threshold
     cpu.call("norm", (x, residual, weight, bias, y, mean, rstd), *sizes)
     return y, mean, rstd
 
@@ -165,7 +165,7 @@ def _backward(
         "norm_backward",
         (g, x, residual, weight, mean, rstd, *written),
         *x.shape,
-        seed & 0xFFFFFFFFFFFFFFFF,
+        unsigned_seed(seed),
         threshold,
     )
     return dx, dh, dweight, dbias

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu, reference
+from regrow.kernels.checks import check_bias, check_blocks, check_contents, check_data, check_in, check_index, check_out
 from regrow.kernels.register import register_operator
 
 _INDEX = "Tensor row_ptr, Tensor col_idx, Tensor slot"
@@ -124,74 +125,15 @@ def spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, c
     return _SPMM_GELU(x, values, bias, row_ptr, col_idx, slot, with_slope)[0]
 
 
-# ---- checks ---------------------------------------------------------------------------------------
-
-
-def _check(first: str, lead: Tensor, others: dict[str, Tensor | None], index: Sequence[Tensor]) -> None:
-    """One dtype and device for the data, int32 1-D contiguous arrays for the indices."""
-    dtype, device = lead.dtype, lead.device
-    if not lead.is_floating_point():
-        raise RegrowError(f"{first} is {dtype}; it must be floating point")
-    for name, tensor in others.items():
-        if tensor is not None and (tensor.dtype is not dtype or tensor.device != device):
-            raise RegrowError(
-                f"{name} is {tensor.dtype} on {tensor.device}, {first} is {dtype} on {device}; they must agree"
-            )
-    for name, tensor in zip(("row_ptr", "col_idx", "slot"), index, strict=True):
-        if tensor.dtype is not torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise RegrowError(f"{name} must be a contiguous 1-D int32 tensor, not {tensor.dim()}-D {tensor.dtype}")
-        if tensor.device != device:
-            raise RegrowError(f"{name} is on {tensor.device}, {first} is on {device}")
-    if not index[0].shape[0]:
-        raise RegrowError("row_ptr is empty; it needs one entry more than there are block rows")
-
-
-def _check_blocks(values: Tensor, index: Sequence[Tensor]) -> None:
-    if values.dim() != 3 or values.shape[1] != values.shape[2] or not values.shape[1]:
-        raise RegrowError(f"values must be [n_blocks, b, b], not {list(values.shape)}")
-    for name, tensor in (("col_idx", index[1]), ("slot", index[2])):
-        if tensor.shape[0] != values.shape[0]:
-            raise RegrowError(f"{name} has {tensor.shape[0]} entries for {values.shape[0]} blocks")
-
-
-def _check_out(name: str, tensor: Tensor, row_ptr: Tensor, b: int) -> None:
-    width = (row_ptr.shape[0] - 1) * b
-    if tensor.dim() != 2 or tensor.shape[1] != width:
-        raise RegrowError(f"{name} is {list(tensor.shape)}; row_ptr and blocks of {b} need [N, {width}]")
-
-
-def _check_in(x: Tensor, b: int) -> None:
-    if x.dim() != 2 or x.shape[1] % b:
-        raise RegrowError(f"x is {list(x.shape)}; blocks of {b} need [N, a multiple of {b}]")
-
-
-def check_contents(index: Sequence[Tensor], n_cols: int, which: str = "") -> None:
-    """What the compiled kernels check themselves, for the reference on a CPU (elsewhere it would wait).
-
-    ``which`` ends the names of the arrays, where there are several weights.
-    """
-    row_ptr, col_idx, slot = index
-    if row_ptr.device.type != "cpu":
-        return
-    n = col_idx.numel()
-    if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or bool((row_ptr.diff() < 0).any()):
-        raise RegrowError(f"row_ptr{which} must rise from 0 to the number of blocks, {n}")
-    for name, tensor, top in (("col_idx", col_idx, n_cols), ("slot", slot, n)):
-        if n and not 0 <= int(tensor.min()) <= int(tensor.max()) < top:
-            raise RegrowError(f"{name}{which} holds an index outside [0, {top})")
-
-
 # ---- forward --------------------------------------------------------------------------------------
 
 
 def _check_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> None:
-    _check("x", x, {"values": values, "bias": bias}, index)
-    _check_blocks(values, index)
+    check_data("x", x, {"values": values, "bias": bias})
+    check_blocks(values, index)
     b = values.shape[1]
-    _check_in(x, b)
-    out = (index[0].shape[0] - 1) * b
-    if bias is not None and bias.shape != (out,):
-        raise RegrowError(f"bias is {list(bias.shape)}; expected [{out}]")
+    check_in(x, b)
+    check_bias(bias, index[0], b)
 
 
 def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
@@ -204,10 +146,10 @@ def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Ten
 
 def _spmm_t(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
     *index, in_features = rest
-    _check("g", g, {"values": values}, index)
-    _check_blocks(values, index)
+    check_data("g", g, {"values": values})
+    check_blocks(values, index)
     b = values.shape[1]
-    _check_out("g", g, index[0], b)
+    check_out("g", g, index[0], b)
     if in_features < 0 or in_features % b:
         raise RegrowError(f"in_features is {in_features}; it must be a multiple of the block edge, {b}")
     if cpu.supports(g, b):
@@ -218,11 +160,12 @@ def _spmm_t(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
 
 def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *index, b, with_sum = rest
-    _check("g", g, {"x": x}, index)
+    check_data("g", g, {"x": x})
+    check_index(index, g.device)
     if b < 1:
         raise RegrowError(f"block_size is {b}; it must be positive")
-    _check_out("g", g, index[0], b)
-    _check_in(x, b)
+    check_out("g", g, index[0], b)
+    check_in(x, b)
     if g.shape[0] != x.shape[0]:
         raise RegrowError(f"g has {g.shape[0]} rows and x has {x.shape[0]}; they must agree")
     if index[1].numel() != index[2].numel():
@@ -247,12 +190,12 @@ def _spmm_gelu_backward(
     g: Tensor, slope: Tensor, x: Tensor, values: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *index, need_x, need_values, need_bias = rest
-    _check("g", g, {"slope": slope, "x": x, "values": values}, index)
-    _check_blocks(values, index)
+    check_data("g", g, {"slope": slope, "x": x, "values": values})
+    check_blocks(values, index)
     b = values.shape[1]
-    _check_out("g", g, index[0], b)
-    _check_out("slope", slope, index[0], b)
-    _check_in(x, b)
+    check_out("g", g, index[0], b)
+    check_out("slope", slope, index[0], b)
+    check_in(x, b)
     if not g.shape[0] == slope.shape[0] == x.shape[0]:
         raise RegrowError(f"g, slope and x have {g.shape[0]}, {slope.shape[0]} and {x.shape[0]} rows; they must agree")
     dx, dvalues, dbias = (g.new_empty(0) for _ in range(3))

@@ -6,6 +6,7 @@ a chunk at a time, so nothing of the size of the dense weight is allocated.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from torch.nn.functional import gelu
 
 # Numbers gathered at a time: bounds the memory without making small problems slow.
 _CHUNK = 1 << 20
+
+
+class Weight(NamedTuple):
+    """A block-sparse weight and the bias that goes with it: what :func:`spmm` takes besides ``x``."""
+
+    values: Tensor
+    bias: Tensor | None
+    indices: Sequence[Tensor]
+    """``row_ptr, col_idx, slot``."""
+
+    @property
+    def out_features(self) -> int:
+        return (self.indices[0].shape[0] - 1) * self.values.shape[1]
 
 
 def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> Tensor:
@@ -50,40 +64,28 @@ def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int) -> Ten
     return dvalues.index_add(0, slots, torch.cat(parts)) if parts else dvalues
 
 
+def spmm_backward(g: Tensor, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`spmm` in ``x``, ``values`` and ``bias``, from ``g [N, R*b]``."""
+    values, _, index = weight
+    return spmm_t(g, values, index, x.shape[1]), sddmm(g, x, index, values.shape[1]), g.sum(0)
+
+
 def gelu_with_slope(h: Tensor) -> tuple[Tensor, Tensor]:
     """``h Phi(h)`` and its derivative ``Phi(h) + h phi(h)``, with the normal distribution and its density."""
     density = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
     return gelu(h), 0.5 * (1 + torch.erf(h / math.sqrt(2))) + h * density
 
 
-def ffn(
-    x: Tensor,
-    values1: Tensor,
-    bias1: Tensor | None,
-    index1: Sequence[Tensor],
-    values2: Tensor,
-    bias2: Tensor | None,
-    index2: Sequence[Tensor],
-) -> Tensor:
+def ffn(x: Tensor, first: Weight, second: Weight) -> Tensor:
     """``y = gelu(x W1^T + bias1) W2^T + bias2``: ``x [N, in]`` -> ``y [N, out]``."""
-    return spmm(gelu(spmm(x, values1, bias1, index1)), values2, bias2, index2)
+    return spmm(gelu(spmm(x, *first)), *second)
 
 
-def ffn_backward(
-    g: Tensor,
-    x: Tensor,
-    values1: Tensor,
-    bias1: Tensor | None,
-    index1: Sequence[Tensor],
-    values2: Tensor,
-    index2: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def ffn_backward(g: Tensor, x: Tensor, first: Weight, second: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`ffn` in ``x``, ``values1``, ``bias1``, ``values2`` and ``bias2``, from ``g [N, out]``."""
-    b, hidden = values1.shape[1], (index1[0].numel() - 1) * values1.shape[1]
-    f, slope = gelu_with_slope(spmm(x, values1, bias1, index1))
-    dh = spmm_t(g, values2, index2, hidden) * slope
-    dx, dvalues1 = spmm_t(dh, values1, index1, x.shape[1]), sddmm(dh, x, index1, b)
-    return dx, dvalues1, dh.sum(0), sddmm(g, f, index2, b), g.sum(0)
+    f, slope = gelu_with_slope(spmm(x, *first))
+    df, dvalues2, dbias2 = spmm_backward(g, f, second)
+    return *spmm_backward(df * slope, x, first), dvalues2, dbias2
 
 
 def owners(row_ptr: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ exist in the caches only. The backward pass computes them again. float32 on a CP
 head's width is a multiple of 16 and of the block size, everything else a composition of the separate operations.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,23 +13,32 @@ from torch import Tensor
 from regrow.errors import RegrowError
 from regrow.kernels import cpu, reference
 from regrow.kernels.attention import reference_attention, reference_attention_backward
-from regrow.kernels.dropout import dropout_threshold
-from regrow.kernels.ffn import check_blocks
-from regrow.kernels.ops import check_contents
+from regrow.kernels.checks import check_offsets, check_offsets_contents, check_tensor
+from regrow.kernels.dropout import dropout_threshold, unsigned_seed
+from regrow.kernels.pair import (
+    INDEX1,
+    INDEX2,
+    check_pair,
+    check_pair_contents,
+    chosen,
+    empty_gradients,
+    pair_gradients,
+    pair_of,
+)
+from regrow.kernels.reference import Weight
 from regrow.kernels.register import register_operator
 
-_INDEX1, _INDEX2 = (f"Tensor row_ptr{i}, Tensor col_idx{i}, Tensor slot{i}" for i in (1, 2))
 _OPTIONS = "int heads, float scale, float p, SymInt seed"
 
 torch.library.define(
     "regrow::sparse_attention",
-    f"(Tensor x, Tensor offsets, Tensor values1, Tensor? bias1, {_INDEX1}, Tensor values2, Tensor? bias2, {_INDEX2},"
+    f"(Tensor x, Tensor offsets, Tensor values1, Tensor? bias1, {INDEX1}, Tensor values2, Tensor? bias2, {INDEX2},"
     f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "regrow::sparse_attention_backward",
     "(Tensor g, Tensor x, Tensor lse, Tensor attended, Tensor offsets,"
-    f" Tensor values1, Tensor? bias1, {_INDEX1}, Tensor values2, {_INDEX2}, {_OPTIONS},"
+    f" Tensor values1, Tensor? bias1, {INDEX1}, Tensor values2, {INDEX2}, {_OPTIONS},"
     " bool need_x, bool need_values1, bool need_bias1, bool need_values2, bool need_bias2)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -113,19 +121,11 @@ def supports(x: Tensor, width: int, block_size: int) -> bool:
 
 
 def reference_sparse_attention(
-    x: Tensor,
-    offsets: Tensor,
-    values1: Tensor,
-    bias1: Tensor | None,
-    index1: Sequence[Tensor],
-    values2: Tensor,
-    bias2: Tensor | None,
-    index2: Sequence[Tensor],
-    *options: Any,
+    x: Tensor, offsets: Tensor, first: Weight, second: Weight, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`sparse_attention` in plain PyTorch: any dtype and device, and autograd goes through it."""
-    attended, lse = reference_attention(reference.spmm(x, values1, bias1, index1), offsets, *options)
-    return reference.spmm(attended, values2, bias2, index2), lse, attended
+    attended, lse = reference_attention(reference.spmm(x, *first), offsets, *options)
+    return reference.spmm(attended, *second), lse, attended
 
 
 def reference_sparse_attention_backward(
@@ -134,195 +134,108 @@ def reference_sparse_attention_backward(
     lse: Tensor,
     attended: Tensor,
     offsets: Tensor,
-    values1: Tensor,
-    bias1: Tensor | None,
-    index1: Sequence[Tensor],
-    values2: Tensor,
-    index2: Sequence[Tensor],
+    first: Weight,
+    second: Weight,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradient of :func:`sparse_attention` in ``x, values1, bias1, values2, bias2``, in plain PyTorch."""
-    b = values1.shape[1]
-    da = reference.spmm_t(g, values2, index2, attended.shape[1])
-    qkv = reference.spmm(x, values1, bias1, index1)
-    dqkv = reference_attention_backward(da, qkv, attended, lse, offsets, *options)
-    dx, dvalues1 = reference.spmm_t(dqkv, values1, index1, x.shape[1]), reference.sddmm(dqkv, x, index1, b)
-    return dx, dvalues1, dqkv.sum(0), reference.sddmm(g, attended, index2, b), g.sum(0)
+    da, dvalues2, dbias2 = reference.spmm_backward(g, attended, second)
+    dqkv = reference_attention_backward(da, reference.spmm(x, *first), attended, lse, offsets, *options)
+    return *reference.spmm_backward(dqkv, x, first), dvalues2, dbias2
 
 
 # ---- checks ---------------------------------------------------------------------------------------
 
 
-def _check(
-    x: Tensor,
-    offsets: Tensor,
-    values1: Tensor,
-    bias1: Tensor | None,
-    index1: Sequence[Tensor],
-    values2: Tensor,
-    bias2: Tensor | None,
-    index2: Sequence[Tensor],
-    heads: int,
-    p: float,
-) -> tuple[int, int, int]:
-    """The width of a head, ``out``, and how many of 65536 probabilities are dropped."""
-    if not x.is_floating_point():
-        raise RegrowError(f"x is {x.dtype}; it must be floating point")
-    for name, tensor in (("values1", values1), ("bias1", bias1), ("values2", values2), ("bias2", bias2)):
-        if tensor is not None and (tensor.dtype is not x.dtype or tensor.device != x.device):
-            raise RegrowError(f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
-    check_blocks("values1", values1, index1)
-    check_blocks("values2", values2, index2)
-    b = values1.shape[1]
-    if values2.shape[1] != b:
-        raise RegrowError(f"values1 has blocks of {b} and values2 blocks of {values2.shape[1]}; they must agree")
-    if x.dim() != 2 or x.shape[1] % b:
-        raise RegrowError(f"x is {list(x.shape)}; blocks of {b} need [N, a multiple of {b}]")
-    if offsets.dtype is not torch.int32 or offsets.dim() != 1 or not offsets.shape[0]:
-        raise RegrowError(f"offsets must be a 1-D int32 tensor of one entry at least, not {offsets.dim()}-D")
-    if offsets.device != x.device:
-        raise RegrowError(f"offsets is on {offsets.device}, x is on {x.device}")
+def _check(x: Tensor, offsets: Tensor, first: Weight, second: Weight, heads: int, p: float) -> tuple[int, int]:
+    """The width of a head, and how many of 65536 probabilities are dropped."""
+    check_pair(x, first, second)
+    check_offsets(offsets, x.device)
     if heads < 1:
         raise RegrowError(f"heads is {heads}; it must be positive")
-    width, out = ((index[0].shape[0] - 1) * b for index in (index1, index2))
-    if not width or width % (3 * heads) or width // 3 % b:
+    rows, b = first.out_features, first.values.shape[1]
+    if not rows or rows % (3 * heads) or rows // 3 % b:
         raise RegrowError(
-            f"row_ptr1 is for {width} rows; {heads} heads need a multiple of {3 * heads}, and blocks one of {3 * b}"
+            f"row_ptr1 is for {rows} rows; {heads} heads need a multiple of {3 * heads}, and blocks one of {3 * b}"
         )
-    for name, bias, size in (("bias1", bias1, width), ("bias2", bias2, out)):
-        if bias is not None and bias.shape != (size,):
-            raise RegrowError(f"{name} is {list(bias.shape)}; expected [{size}]")
-    return width // (3 * heads), out, dropout_threshold(p)
+    return rows // (3 * heads), dropout_threshold(p)
 
 
-def _compiled(x: Tensor, offsets: Tensor, width: int, hidden: int, b: int, *indices: Sequence[Tensor]) -> bool:
+def _compiled(x: Tensor, offsets: Tensor, width: int, first: Weight, second: Weight) -> bool:
     """Whether the compiled kernels do it; if not, what they check is checked here."""
-    if supports(x, width, b):
+    if supports(x, width, first.values.shape[1]):
         return True
-    if int(offsets[0]) != 0 or int(offsets[-1]) != x.shape[0] or bool((offsets.diff() < 0).any()):
-        raise RegrowError(f"offsets must rise from 0 to the number of tokens, {x.shape[0]}")
-    check_contents(indices[0], x.shape[1] // b, "1")
-    check_contents(indices[1], hidden // b, "2")
+    check_offsets_contents(offsets, x.shape[0])
+    check_pair_contents(x, first, first.out_features // 3, second)
     return False
 
 
 # ---- operators ------------------------------------------------------------------------------------
 
 
-def _lse(x: Tensor, heads: int) -> Tensor:
-    return x.new_empty(heads, x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _forward(
-    x: Tensor, offsets: Tensor, values1: Tensor, bias1: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    index1, (values2, bias2), index2, options = rest[:3], rest[3:5], rest[5:8], rest[8:]
+def _forward(x: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weights, options = rest[:10], rest[10:]
     heads, scale, p, seed = options
-    width, out, threshold = _check(x, offsets, values1, bias1, index1, values2, bias2, index2, heads, p)
-    n, hidden, b = x.shape[0], heads * width, values1.shape[1]
-    if not _compiled(x, offsets, width, hidden, b, index1, index2):
-        return reference_sparse_attention(x, offsets, values1, bias1, index1, values2, bias2, index2, *options)
-    y, lse, attended = x.new_empty(n, out), _lse(x, heads), x.new_empty(n, hidden)
-    arrays = x, offsets, values1, bias1, *index1, values2, bias2, *index2, y, lse, attended
-    cpu.call(
-        "sparse_attention", arrays, *_sizes(x, offsets, heads, width, out, values1, values2, scale, seed, threshold)
-    )
-    return y, lse, attended
+    first, second = pair_of(weights)
+    width, threshold = _check(x, offsets, first, second, heads, p)
+    if not _compiled(x, offsets, width, first, second):
+        return reference_sparse_attention(x, offsets, first, second, *options)
+    results = _forward_fake(x, offsets, *rest)
+    sizes = _sizes(x, offsets, heads, width, first, second)
+    cpu.call("sparse_attention", (x, offsets, *weights, *results), *sizes, scale, unsigned_seed(seed), threshold)
+    return results
 
 
-def _backward(
-    g: Tensor,
-    x: Tensor,
-    lse: Tensor,
-    attended: Tensor,
-    offsets: Tensor,
-    values1: Tensor,
-    bias1: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    index1, values2, index2, options, needed = rest[:3], rest[3], rest[4:7], rest[7:11], rest[11:]
+def _backward(g: Tensor, x: Tensor, lse: Tensor, attended: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weights, options, needed = rest[:9], rest[9:13], rest[13:]
     heads, scale, p, seed = options
-    width, out, threshold = _check(x, offsets, values1, bias1, index1, values2, None, index2, heads, p)
-    hidden, b = heads * width, values1.shape[1]
-    _check_saved(g, x, lse, attended, heads, hidden, out)
-    grads = _empty_gradients(g, x, values1, values2, 3 * hidden, needed)
-    if not _compiled(x, offsets, width, hidden, b, index1, index2):
-        saved = g, x, lse, attended, offsets
-        full = reference_sparse_attention_backward(*saved, values1, bias1, index1, values2, index2, *options)
-        return tuple(grad if need else none for grad, none, need in zip(full, grads, needed, strict=True))
-    written = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    arrays = g, x, lse, attended, offsets, values1, bias1, *index1, values2, *index2, *written
-    sizes = _sizes(x, offsets, heads, width, out, values1, values2, scale, seed, threshold)
-    cpu.call("sparse_attention_backward", arrays, *sizes)
+    first, second = pair_of(weights)
+    width, threshold = _check(x, offsets, first, second, heads, p)
+    n, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    check_tensor("g", g, (n, second.out_features), x.dtype, x.device)
+    check_tensor("lse", lse, (heads, n), wide, x.device)
+    check_tensor("attended", attended, (n, heads * width), x.dtype, x.device)
+    saved, grads = (g, x, lse, attended, offsets), empty_gradients(g, x, first, second, needed)
+    if not _compiled(x, offsets, width, first, second):
+        return chosen(needed, reference_sparse_attention_backward(*saved, first, second, *options), grads)
+    arrays, sizes = (*saved, *weights, *chosen(needed, grads)), _sizes(x, offsets, heads, width, first, second)
+    cpu.call("sparse_attention_backward", arrays, *sizes, scale, unsigned_seed(seed), threshold)
     return grads
 
 
-def _check_saved(g: Tensor, x: Tensor, lse: Tensor, attended: Tensor, heads: int, hidden: int, out: int) -> None:
-    n, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
-    for name, tensor, shape, dtype in (
-        ("g", g, (n, out), x.dtype),
-        ("lse", lse, (heads, n), wide),
-        ("attended", attended, (n, hidden), x.dtype),
-    ):
-        if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != x.device:
-            raise RegrowError(
-                f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}; "
-                f"expected {list(shape)} {dtype} on {x.device}"
-            )
-
-
-def _sizes(
-    x: Tensor,
-    offsets: Tensor,
-    heads: int,
-    width: int,
-    out: int,
-    values1: Tensor,
-    values2: Tensor,
-    scale: float,
-    seed: int,
-    threshold: int,
-) -> tuple[Any, ...]:
-    b, counts = values1.shape[1], (values1.shape[0], values2.shape[0])
+def _sizes(x: Tensor, offsets: Tensor, heads: int, width: int, first: Weight, second: Weight) -> tuple[int, ...]:
+    n_blocks1, b, _ = first.values.shape
     sequences = x.shape[0], offsets.shape[0] - 1, heads, width
-    return *sequences, x.shape[1] // b, out // b, *counts, b, scale, seed & 0xFFFFFFFFFFFFFFFF, threshold
+    return *sequences, x.shape[1] // b, second.out_features // b, n_blocks1, second.values.shape[0], b
 
 
-def _empty_gradients(
-    g: Tensor, x: Tensor, values1: Tensor, values2: Tensor, width: int, needed: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    shapes = x.shape, values1.shape, (width,), values2.shape, (g.shape[1],)
-    return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needed, strict=True))
-
-
-def _forward_fake(x: Tensor, offsets: Tensor, values1: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    b, rows1, rows2, heads = values1.shape[1], rest[1].shape[0] - 1, rest[6].shape[0] - 1, rest[9]
-    return x.new_empty(x.shape[0], rows2 * b), _lse(x, heads), x.new_empty(x.shape[0], rows1 // 3 * b)
+def _forward_fake(x: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (first, second), heads, n = pair_of(rest[:10]), rest[10], x.shape[0]
+    lse = x.new_empty(heads, n, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(n, second.out_features), lse, x.new_empty(n, first.out_features // 3)
 
 
 def _backward_fake(
-    g: Tensor, x: Tensor, lse: Tensor, attended: Tensor, offsets: Tensor, values1: Tensor, *rest: Any
+    g: Tensor, x: Tensor, lse: Tensor, attended: Tensor, offsets: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _empty_gradients(g, x, values1, rest[4], 3 * attended.shape[1], rest[12:])
+    return empty_gradients(g, x, *pair_of(rest[:9]), rest[13:])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, offsets, values1, bias1, *index1, values2, _bias2 = inputs[:9]
+    x, offsets, *rest = inputs
     _y, lse, attended = output
-    ctx.options = inputs[12:]
+    ctx.options = rest[10:]
     ctx.mark_non_differentiable(lse, attended)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, lse, attended, offsets, values1, bias1, *index1, values2, *inputs[9:12])
+    ctx.save_for_backward(x, lse, attended, offsets, *rest[:6], *rest[7:10])  # all but the second bias
 
 
 def _gradient(ctx: Any, g: Tensor | None, *_others: None) -> tuple[Tensor | None, ...]:
-    need_x, _, need_values1, need_bias1, _, _, _, need_values2, need_bias2 = ctx.needs_input_grad[:9]
-    needed = need_x, need_values1, need_bias1, need_values2, need_bias2
     if g is None:
         return (None,) * 16
-    grads = _BACKWARD(g, *ctx.saved_tensors, *ctx.options, *needed)
-    dx, dvalues1, dbias1, dvalues2, dbias2 = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return dx, None, dvalues1, dbias1, None, None, None, dvalues2, dbias2, *[None] * 7
+    need_x, _, *needs = ctx.needs_input_grad
+    dx, *of_weights = pair_gradients(_BACKWARD, (g, *ctx.saved_tensors, *ctx.options), need_x, needs)
+    return dx, None, *of_weights, *[None] * 4
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> Any:

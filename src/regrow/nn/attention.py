@@ -8,8 +8,7 @@ from torch import Tensor
 
 from regrow import kernels
 from regrow.errors import RegrowError
-from regrow.kernels.dropout import dropout_threshold
-from regrow.nn.random import draw_seed
+from regrow.nn.random import draw_dropout
 
 
 def attention(
@@ -56,8 +55,6 @@ def attention(
     """
     if heads < 1:
         raise RegrowError(f"heads is {heads}; it must be positive")
-    dropout_threshold(p)
     if scale is None:
         scale = 1 / math.sqrt(max(1, qkv.shape[-1] // (3 * heads)))
-    drops = training and p > 0
-    return kernels.attention(qkv, offsets, heads, scale, p if drops else 0.0, draw_seed() if drops else 0)[0]
+    return kernels.attention(qkv, offsets, heads, scale, *draw_dropout(p, training))[0]

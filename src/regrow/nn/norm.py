@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from regrow import kernels
 from regrow.errors import RegrowError
 from regrow.kernels import dropout as by_seed
-from regrow.nn.random import draw_seed
+from regrow.nn.random import draw_dropout, draw_seed
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -72,18 +72,15 @@ def dropout_add_norm(
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 5.4; Ba et al. 2016, arXiv 1607.06450.
     """
-    by_seed.dropout_threshold(p)
     if torch.is_autocast_enabled(x.device.type):
         x, residual = x.to(weight.dtype), None if residual is None else residual.to(weight.dtype)
     if residual is not None and residual.shape != x.shape:
         raise RegrowError(f"residual is {list(residual.shape)} and x is {list(x.shape)}; they must agree")
     if weight.dim() != 1 or not x.dim() or x.shape[-1] != weight.shape[0]:
         raise RegrowError(f"x is {list(x.shape)} and weight is {list(weight.shape)}; they must be [..., H] and [H]")
-    drops = training and p > 0
     rows = x.reshape(-1, weight.shape[0])
     to_add = None if residual is None else residual.reshape(rows.shape)
-    p, seed = (p, draw_seed()) if drops else (0.0, 0)
-    return kernels.dropout_add_norm(rows, to_add, weight, bias, eps, p, seed).view(x.shape)
+    return kernels.dropout_add_norm(rows, to_add, weight, bias, eps, *draw_dropout(p, training)).view(x.shape)
 
 
 class DropoutAddNorm(nn.LayerNorm):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from regrow import kernels
 from regrow.errors import RegrowError
-from regrow.kernels.dropout import dropout_threshold
 from regrow.kernels.sparse_attention import supports
 from regrow.nn.attention import attention
 from regrow.nn.ffn import hooked
 from regrow.nn.linear import BlockSparseLinear
 from regrow.nn.merged import merged, merged_linear
-from regrow.nn.random import draw_seed
+from regrow.nn.random import draw_dropout
 
 _SHARES = 4
 """So many sequences a thread are shared out evenly enough."""
@@ -78,6 +78,7 @@ def sparse_attention(
     activations again.
     """
     inner = query, key, value
+    layers = *inner, output
     hidden = query.out_features
     if heads < 1 or hidden % heads:
         raise RegrowError(f"heads is {heads}; it must be positive and divide {hidden}")
@@ -89,32 +90,22 @@ def sparse_attention(
     ):
         if width != expected:
             raise RegrowError(f"{name} has {width} features; query has {query.in_features} -> {hidden}")
-    dropout_threshold(p)
-    if not _fused(query, key, value, output, x, offsets, hidden // heads):
+    if not _fused(layers, x, offsets, hidden // heads):
         alike = all((part.block_size, part.activation) == (query.block_size, None) for part in inner)
         alike = alike and not any(hooked(part) for part in inner)
         qkv = merged_linear(inner, x) if alike else torch.cat([layer(x) for layer in inner], -1)
         return output(attention(qkv, offsets, heads, p=p, training=training, scale=scale))
-    drops = training and p > 0
-    options = heads, 1 / math.sqrt(hidden // heads) if scale is None else scale
-    dropped = (p, draw_seed()) if drops else (0.0, 0)
+    if scale is None:
+        scale = 1 / math.sqrt(hidden // heads)
     if torch.is_autocast_enabled(x.device.type):  # as the layers do
         x = x.to(output.values.dtype)
     second = output.values, output.bias, *output.topology.indices()
-    return kernels.sparse_attention(x, offsets, *merged(inner), *second, *options, *dropped)[0]
+    return kernels.sparse_attention(x, offsets, *merged(inner), *second, heads, scale, *draw_dropout(p, training))[0]
 
 
-def _fused(
-    query: BlockSparseLinear,
-    key: BlockSparseLinear,
-    value: BlockSparseLinear,
-    output: BlockSparseLinear,
-    x: Tensor,
-    offsets: Tensor,
-    width: int,
-) -> bool:
+def _fused(layers: Sequence[BlockSparseLinear], x: Tensor, offsets: Tensor, width: int) -> bool:
     """Whether the one operation can do it, and is faster: a thread takes whole sequences through its caches."""
-    layers = query, key, value, output
+    output = layers[-1]
     b, n_sequences = output.block_size, offsets.shape[0] - 1
     if any(layer.block_size != b or layer.activation is not None or hooked(layer) for layer in layers):
         return False
