@@ -405,6 +405,7 @@ def one_line_error(capsys: pytest.CaptureFixture) -> str:
         (["--steps", "0"], "steps must be at least 1"),
         (["--steps", "10", "--n-updates", "11"], "n_updates must lie between 1 and total_steps=10"),
         (["--learning-rate", "-1"], "learning_rate must be positive"),
+        (["--lr-scale", "0"], "lr_scale must be positive"),
         (["--data", "no/such/file.txt"], "no/such/file.txt"),
         (["--resume"], "nothing to resume there"),
         (["--tokenizer", "no/such/vocab.txt"], "no/such/vocab.txt"),
@@ -539,3 +540,11 @@ def test_head_and_loss_equal_transformers_on_all_positions() -> None:
     b.loss.backward()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_the_scale_of_the_learning_rate_holds_for_every_group() -> None:
+    model = build_model(bert_config("2/64", vocab_size=60, max_length=16), density=0.1, block_size=16)
+    rates, halves = (
+        [group["lr"] for group in PretrainConfig(size="2/64", lr_scale=scale).groups(model)] for scale in (1, 0.5)
+    )
+    assert len(set(rates)) == 2 and halves == pytest.approx([rate / 2 for rate in rates])

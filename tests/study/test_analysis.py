@@ -140,6 +140,8 @@ def test_the_best_learning_rate_is_chosen_among_those_with_most_seeds() -> None:
     )
     [tuned] = best_learning_rates(configurations(runs))
     assert tuned.best.get("learning_rate") == 2e-3 and tuned.tried == (1e-3, 2e-3, 4e-3) and not tuned.at_edge
+    [scaled] = best_learning_rates(configurations(with_losses({0: 3.0}) + with_losses({0: 2.9}, lr_scale=0.5)))
+    assert scaled.best.get("learning_rate") == scaled.tried[0] == pytest.approx(scaled.tried[1] / 2)
 
 
 def test_differences_are_paired_by_seed() -> None:

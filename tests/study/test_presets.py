@@ -38,8 +38,7 @@ def test_claims_share_runs() -> None:
     assert ids("c4") < ids("c3")
     for name in ("c2", "c3", "c7", "c9"):
         assert ids("c1") & ids(name), name
-    small = set().union(*(ids(name) for name in ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c9")))
-    assert len(small) == 60  # what a night on two cores can do
+    assert len(set().union(*map(ids, PRESETS)) - ids("c8")) < 120  # what a night on two cores can do
 
 
 def test_the_list_names_them_all(capsys: pytest.CaptureFixture) -> None:
@@ -68,7 +67,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     scaled = {"experiments": [{"seeds": 2}], "scales": {"night": {"defaults": {"steps": 7}}, "cpu": None}}
     path = write(tmp_path / "scaled.yaml", scaled)
     assert {run.config.steps for run in load_study(path).runs()} == {7}
-    assert load_study(path, "cpu").runs()[0].config.vocab_size == 8192
+    assert load_study(path, "cpu").runs()[0].config.vocab_size == 2048
 
 
 def test_the_studies_of_the_documentation_are_what_it_says(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_defaults_spelled_out_or_not_are_the_same_run() -> None:
         ({"steps": 400}, {"steps": 400, "n_updates": 8, "eval_steps": 400, "dropout": 0.0}),
         ({"dense": True}, {"dense": True, "density": 0.5, "method": "rigl", "block_size": 4, "n_updates": 3}),
         ({"method": "static"}, {"method": "static", "n_updates": 3, "drop_fraction": 0.1, "decay": "linear"}),
-        ({"learning_rate": 1e-3}, {"learning_rate": "1e-3", "lr_rule": "inverse", "lr_scope": "all"}),
+        ({"learning_rate": 1e-3}, {"learning_rate": "1e-3", "lr_rule": "inverse", "lr_scope": "all", "lr_scale": 2}),
         ({}, dict.fromkeys(("workers", "keep_checkpoints"), 3) | {"logging_steps": 1, "save_steps": 7}),
         ({"learning_rate": 1}, {"learning_rate": 1.0}),
     ],
@@ -53,6 +53,12 @@ def test_what_changes_nothing_is_no_other_run(one: dict, other: dict) -> None:
 def test_what_changes_something_is_another_run(change: dict) -> None:
     options = {k: v for k, v in BASE.items() if not (k == "norm" and "method" in change)} | change
     assert RunSpec(options) != RunSpec(BASE)
+
+
+def test_the_scale_of_a_rate_counts_where_a_rule_gives_the_rate() -> None:
+    assert RunSpec({"lr_scale": 0.5}) != RunSpec({}) and RunSpec({"lr_scale": 0.5, "dense": True}) != RunSpec(
+        {"dense": True}
+    )
 
 
 def test_every_option_is_part_of_the_identity_unless_it_is_known_not_to_be() -> None:

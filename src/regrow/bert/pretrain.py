@@ -71,6 +71,7 @@ class PretrainConfig:
     learning_rate: float | None = _option(
         None, "peak learning rate of every parameter; by default the size's dense optimum, raised by --lr-rule"
     )
+    lr_scale: float = _option(1.0, "times that dense optimum; batches smaller than the paper's 512 want less than 1")
     lr_rule: LrRule = _option("eq3", "how a density raises it: eq3 (the paper's), inverse (1/density), supar, none")
     lr_scope: LrScope = _option("sparse", "which parameters that rule is for: the sparse ones, or all as in the paper")
     base_width: int | None = _option(None, "hidden size the dense optimum was tuned at, for supar; by default this one")
@@ -157,7 +158,7 @@ class PretrainConfig:
         return parameter_groups(
             model,
             self.weight_decay,
-            lr=self.learning_rate if given else size_named(self.size).dense_lr,
+            lr=self.learning_rate if given else self.lr_scale * size_named(self.size).dense_lr,
             lr_rule="none" if given else self.lr_rule,
             lr_scope=self.lr_scope,
             width_ratio=self.width_ratio,
@@ -174,7 +175,7 @@ class PretrainConfig:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.workers < 0:
             raise RegrowError(f"workers must be at least 0, got {self.workers}")
-        for name in ("learning_rate", "base_width"):
+        for name in ("learning_rate", "lr_scale", "base_width"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RegrowError(f"{name} must be positive, got {value}")

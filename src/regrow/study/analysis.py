@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from regrow.study.pareto import Estimate, Point, estimate, loss_at, pareto_frontier, reduction_at_equal_loss
-from regrow.study.runs import TRAINING_FIELDS, Key, Run
+from regrow.study.runs import RATE_RULE, TRAINING_FIELDS, Key, Run
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ def best_learning_rates(found: Sequence[Configuration]) -> list[Tuned]:
     groups: dict[Key, list[Configuration]] = defaultdict(list)
     for configuration in found:
         if configuration.loss is not None:
-            groups[configuration.key_without("learning_rate", "lr_rule", "lr_scope", "base_width")].append(
-                configuration
-            )
+            groups[configuration.key_without("learning_rate", *RATE_RULE)].append(configuration)
     tuned = []
     for group in groups.values():
         most = max(len(c.losses) for c in group)
@@ -230,7 +228,7 @@ def along(
     With ``methods`` they may also differ in method and its options.
     """
     groups: Mapping[Key, list[Configuration]] = defaultdict(list)
-    rate = ("learning_rate", "lr_rule", "lr_scope", "base_width")
+    rate = ("learning_rate", *RATE_RULE)
     for configuration in found:
         if keep(configuration):
             key = configuration.key_without(*names, *rate)

@@ -43,8 +43,9 @@ TASK = (
 _TOPOLOGY = frozenset(
     ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates", "block_warmup", "block_steps")
 )
-_RULE = frozenset(("lr_rule", "lr_scope", "base_width"))
-_SPARSE = _TOPOLOGY | _RULE | frozenset(("density", "block_size", "distribution", "method"))
+RATE_RULE = frozenset(("lr_scale", "lr_rule", "lr_scope", "base_width"))
+"""What decides a learning rate that is not given."""
+_SPARSE = _TOPOLOGY | (RATE_RULE - {"lr_scale"}) | frozenset(("density", "block_size", "distribution", "method"))
 
 Key = tuple[tuple[str, str], ...]
 
@@ -189,7 +190,8 @@ class Run:
             base = number(self.config, "base_width")
             ratio = 1.0 if base is None else size.hidden / base
             rule: Any = self.config.get("lr_rule", "eq3")
-            return sparse_learning_rate(size.dense_lr, self.density, rule, width_ratio=ratio)
+            scale = number(self.config, "lr_scale") or 1.0
+            return sparse_learning_rate(scale * size.dense_lr, self.density, rule, width_ratio=ratio)
         except RegrowError:
             return None
 
@@ -198,7 +200,7 @@ class Run:
         """Everything that can change the result but the seed."""
         unused = _BYSTANDERS | (_SPARSE if self.dense else _TOPOLOGY if self.method == "static" else frozenset())
         if number(self.config, "learning_rate") is not None:  # it is then that of every parameter
-            unused |= _RULE
+            unused |= RATE_RULE
         config = {name: value for name, value in self.config.items() if name not in unused}
         if self.dense:  # options of the method that a dense model does not have
             config = {name: value for name, value in config.items() if name in TRAINING_FIELDS}

@@ -128,6 +128,8 @@ class RunSpec:
         without: list[str] = []
         if config.learning_rate is None:
             recipe["dense_lr"] = size.dense_lr
+        else:
+            without.append("lr_scale")
         if config.lr_rule != "supar":
             without += _OF_RATES if config.learning_rate is not None else ("base_width",)
         if config.dense:
