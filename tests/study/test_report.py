@@ -10,7 +10,7 @@ import pytest
 from regrow.cli import main
 from regrow.errors import RegrowError
 from regrow.study.figures import write_figures
-from regrow.study.report import MAX_POINTS, as_script_data, render, report_data, write_report
+from regrow.study.report import MAX_POINTS, as_script_data, render, report_data, write_claims, write_report
 from regrow.study.runs import Run
 from study import synthetic
 
@@ -96,6 +96,17 @@ def test_figures_are_png_and_svg_and_the_same_each_time(tmp_path: Path, runs: li
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in first if path.suffix == ".png")
     again = write_figures(few, tmp_path / "b")
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, again, strict=True))
+
+
+def test_claims_are_a_page_of_tables(tmp_path: Path, runs: list[Run]) -> None:
+    page = write_claims(runs, tmp_path / "deep" / "claims.md").read_text()
+    assert [f"## C{i}: " in page for i in range(1, 12)] == [True] * 11
+    assert "## C1: supported\n" in page and "Missing: acdc with --dense-until" in page
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "None" not in page
+    with pytest.raises(RegrowError, match=r"cannot write .*; choose another --claims"):
+        write_claims(runs, tmp_path)
 
 
 def test_figures_of_a_record_of_nothing(tmp_path: Path) -> None:

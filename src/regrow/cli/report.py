@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regrow.cli.parser import OneLineParser
-from regrow.study.report import write_report
+from regrow.study.report import write_claims, write_report
 from regrow.study.runs import read_runs
 
 
@@ -21,9 +21,12 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
     parser.add_argument("--title", default="Runs", help="heading of the page")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also PNG and SVG pictures (needs regrow[plot])")
+    parser.add_argument("--claims", type=Path, metavar="FILE", help="also the paper's claims as a Markdown page")
     asked = parser.parse_args(argv)
     found, broken = read_runs(asked.runs)
     print(f"{len(found)} runs: {write_report(found, asked.output, title=asked.title, notes=broken)}")
+    if asked.claims is not None:
+        print(write_claims(found, asked.claims))
     if asked.figures is not None:
         from regrow.study.figures import write_figures
 

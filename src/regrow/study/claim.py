@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from regrow.study.pareto import Estimate
@@ -32,6 +33,23 @@ class Claim:
     def row(self, *cells: Cell) -> None:
         """Add a line to the table."""
         self.rows.append(list(cells))
+
+    def markdown(self) -> str:
+        """A heading with the verdict, the table, and what was found and is missing."""
+
+        def line(cells: Iterable[object]) -> str:
+            return f"| {' | '.join(map(str, cells))} |"
+
+        def text(cell: Cell) -> object:
+            return "" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else cell
+
+        parts = [f"## {self.id}: {self.verdict}", self.text]
+        if self.rows:
+            head = [line(self.columns), line(["---"] * len(self.columns))]
+            parts.append("\n".join([*head, *(line(map(text, row)) for row in self.rows)]))
+        notes = [*dict.fromkeys(self.findings), *(f"Missing: {what}" for what in dict.fromkeys(self.missing))]
+        parts.append("\n".join(f"- {note}" for note in notes))
+        return "\n\n".join(part for part in parts if part)
 
     def vote(self, found: Estimate | None, wanted: int) -> None:
         """Count a difference that the claim says is negative (``wanted=-1``) or positive."""

@@ -37,13 +37,26 @@ def write_report(runs: Sequence[Run], output: str | Path, *, title: str = "Runs"
     Raises:
         RegrowError: no runs, or the file cannot be written.
     """
-    path = Path(output)
-    page = render(report_data(runs, title=title, notes=notes))
+    return _written(Path(output), render(report_data(runs, title=title, notes=notes)), "--output")
+
+
+def write_claims(runs: Sequence[Run], output: str | Path) -> Path:
+    """Write what the runs say about each claim of the paper as a Markdown page.
+
+    Raises:
+        RegrowError: the file cannot be written.
+    """
+    found = claims(best_learning_rates(configurations(runs)))
+    head = "# What the runs say about each claim\n\nA number after ± is half a 95% interval over n seeds."
+    return _written(Path(output), "\n\n".join([head, *(claim.markdown() for claim in found)]) + "\n", "--claims")
+
+
+def _written(path: Path, text: str, option: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RegrowError(f"cannot write {path} ({error.strerror}); choose another --output") from None
+        raise RegrowError(f"cannot write {path} ({error.strerror}); choose another {option}") from None
     return path
 
 
