@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from regrow.study.pareto import Estimate
 
 Cell = str | int | float | None
+Panels = dict[str, dict[str, list[tuple[float | str, Estimate]]]]
+"""What is on the horizontal axis -> series -> points; a text is a category."""
 
 
 @dataclass
 class Claim:
-    """A table and a verdict; ``missing`` says which runs would be needed for more."""
+    """A table, pictures and a verdict; ``missing`` says which runs would be needed for more."""
 
     id: str
     text: str
@@ -21,6 +24,9 @@ class Claim:
     findings: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     votes: list[int] = field(default_factory=list)
+    panels: Panels = field(default_factory=dict)
+    joined: bool = True
+    """Whether points of a series are settings in a row, or outcomes that no line joins."""
 
     @property
     def verdict(self) -> str:
@@ -33,6 +39,11 @@ class Claim:
     def row(self, *cells: Cell) -> None:
         """Add a line to the table."""
         self.rows.append(list(cells))
+
+    def point(self, axis: str, series: str, x: Any, loss: Estimate | None) -> None:
+        """Add a loss to the picture of ``axis``; one that is not known is left out."""
+        if x is not None and loss is not None:
+            self.panels.setdefault(axis, {}).setdefault(series, []).append((x, loss))
 
     def markdown(self) -> str:
         """A heading with the verdict, the table, and what was found and is missing."""
@@ -66,6 +77,11 @@ class Claim:
             self.votes.append(1)
         else:
             self.votes.append(-1 if abs(found.mean) - found.half_width > margin else 0)
+
+
+def exact(value: float | None) -> Estimate | None:
+    """A number without an interval."""
+    return None if value is None else Estimate(value, None, None, 1)
 
 
 def shown(found: Estimate | None, digits: int = 3) -> str | None:

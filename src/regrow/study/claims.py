@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, DenseFamily, Tuned, along, difference, spearman
-from regrow.study.claim import Claim, shown, signed
+from regrow.study.claim import Claim, exact, shown, signed
 from regrow.study.claims_masked import alternation, freezing
 from regrow.study.pareto import PAPER_LR_FIT, Estimate, fit_learning_rate_rule
 from regrow.study.pictures import spread
@@ -62,6 +62,8 @@ def _against_dense(best: Sequence[Configuration]) -> Claim:
         minus = family.difference()
         at_equal_loss = family.reduction(), family.reduction("seconds")
         claim.row(c.get("size"), c.first.family, shown(c.loss), signed(minus), *at_equal_loss, family.eps())
+        for axis, cost in _COSTS.items():
+            claim.point(axis, str(c.get("method")), getattr(c, cost), c.loss)
         if minus is None:
             claim.missing.append(f"dense sizes whose FLOPs enclose those of {c.first.family} at {c.get('size')}")
         elif c.get("method") == "dynsparse":
@@ -76,7 +78,19 @@ def _against_dense(best: Sequence[Configuration]) -> Claim:
             f"compared at {len(compared)} of the paper's 4 or more sizes: {', '.join(sorted(compared))}"
         )
     _compare_methods(claim, found)
+    for c in _dense_beside(best, found):
+        for axis, cost in _COSTS.items():
+            claim.point(axis, "dense", getattr(c, cost), c.loss)
     return claim
+
+
+_COSTS = {"training FLOPs": "flops", "training seconds": "seconds"}
+
+
+def _dense_beside(best: Sequence[Configuration], found: Sequence[Configuration]) -> list[Configuration]:
+    """The dense configurations that any of these is compared with."""
+    members = {id(m): m for c in found for m in DenseFamily(best, c).members}
+    return _by_flops(members.values())
 
 
 def _as_in_figure_3(c: Configuration) -> bool:
@@ -110,13 +124,19 @@ def _over_sparsity(best: Sequence[Configuration]) -> Claim:
     claim = Claim(
         "C2",
         "The gain over dense holds across sparsity 0.5 to 0.99.",
-        ["size", "block", "sparsity", "loss", "minus dense at equal FLOPs", "FLOPs at equal loss"],
+        ["size", "block", "sparsity", "loss", "minus static", "minus dense at equal FLOPs", "FLOPs at equal loss"],
     )
     for group in along(_sparse(best, "dynsparse"), "density"):
         for c in sorted(group, key=lambda c: -c.get("density")):
             family, sparsity = DenseFamily(best, c), c.sparsity
-            minus = family.difference()
-            claim.row(c.get("size"), c.get("block_size"), sparsity, shown(c.loss), signed(minus), family.reduction())
+            minus, static = family.difference(), _static_like(best, c)
+            over_static = difference(c, static) if static else None
+            against_dense = signed(minus), family.reduction()
+            claim.row(c.get("size"), c.get("block_size"), sparsity, shown(c.loss), signed(over_static), *against_dense)
+            claim.point("sparsity", "dynsparse", sparsity, c.loss)
+            claim.point("sparsity", "static", sparsity, static.loss if static else None)
+            claim.point("sparsity", "dense at equal FLOPs", sparsity, exact(family.loss()))
+            claim.vote(over_static, -1)
             if minus is None:
                 claim.missing.append(f"dense sizes whose FLOPs enclose those of s = {sparsity} at {c.get('size')}")
             elif 0.49 <= sparsity <= 0.991:
@@ -124,6 +144,11 @@ def _over_sparsity(best: Sequence[Configuration]) -> Claim:
     if not claim.rows:
         claim.missing.append("dynsparse at two or more densities and otherwise the same")
     return claim
+
+
+def _static_like(best: Iterable[Configuration], like: Configuration) -> Configuration | None:
+    names = ("size", "density", "block_size", "steps", "distribution")
+    return next((c for c in _sparse(best, "static") if _same(c, like, *names)), None)
 
 
 def _schedule(best: Sequence[Configuration]) -> Claim:
@@ -150,6 +175,7 @@ def _axis(claim: Claim, group: Sequence[Configuration], name: str, title: str) -
     for c in group:
         minus = None if c is best else difference(c, best)
         claim.row(c.get("size"), c.get("block_size"), c.sparsity, title, c.get(name), shown(c.loss), signed(minus))
+        claim.point(title, f"{c.first.family} at {c.get('size')}", c.get(name), c.loss)
     at = group.index(best)
     if 0 < at < len(group) - 1:
         for other in (group[0], group[-1]):
@@ -165,6 +191,7 @@ def _exploration(best: Sequence[Configuration]) -> Claim:
         "C4",
         "The best runs explore almost all weights and throw away few fresh ones.",
         ["size", "family", "n", "pr", "loss", "coverage", "fresh removed"],
+        joined=False,
     )
     moving = [c for c in _sparse(best) if c.coverage is not None and c.get("method") != "static"]
     for group in along(moving, "n_updates", "drop_fraction"):
@@ -172,6 +199,9 @@ def _exploration(best: Sequence[Configuration]) -> Claim:
         for c in group:
             schedule = c.get("n_updates"), c.get("drop_fraction")
             claim.row(c.get("size"), c.first.family, *schedule, shown(c.loss), c.coverage, c.fresh_removed)
+            series = f"{c.first.family} at {c.get('size')}"
+            claim.point("explored share", series, c.coverage, c.loss)
+            claim.point("fresh among the removed", series, c.fresh_removed, c.loss)
         pairs = [(c.coverage, c.loss.mean) for c in group if c.coverage is not None and c.loss]
         rank = spearman(pairs)
         if rank is not None:
@@ -196,7 +226,8 @@ def _norms(best: Sequence[Configuration]) -> Claim:
     order = ["l1", "l2", "linf"]
     for group in along(_sparse(best, "dynsparse"), "norm", keep=lambda c: c.get("block_size") != 1):
         by_norm = {str(c.get("norm")): c for c in group}
-        for norm, c in sorted(by_norm.items(), key=lambda item: item[0]):
+        for norm, c in sorted(by_norm.items()):
+            claim.point("block norm", f"b={c.get('block_size')} at {c.get('size')}", norm, c.loss)
             minus = difference(c, by_norm["l1"]) if norm != "l1" and "l1" in by_norm else None
             claim.row(c.get("size"), c.get("block_size"), norm, shown(c.loss), signed(minus))
         for better, worse in pairwise(order):
@@ -251,6 +282,8 @@ def _block_size(best: Sequence[Configuration]) -> Claim:
             minus = family.difference()
             against_dense = family.loss(), signed(minus), family.reduction(), family.reduction("seconds")
             claim.row(c.get("size"), c.get("block_size"), c.sparsity, shown(c.loss), *against_dense, family.eps())
+            claim.point("block edge", f"{c.get('method')} at {c.get('size')}", c.get("block_size"), c.loss)
+            claim.point("block edge", "dense at equal FLOPs", c.get("block_size"), exact(family.loss()))
             if minus is None:
                 claim.missing.append(f"dense sizes whose FLOPs enclose those of block {c.get('block_size')}")
             elif minus.sign:
@@ -315,12 +348,14 @@ def _collapse(best: Sequence[Configuration]) -> Claim:
         "C9",
         "Growth by gradient (RigL) collapses the explored space along the input dimension; random growth does not.",
         ["size", "family", "loss", "coverage", "input spread", "output spread"],
+        joined=False,
     )
     for group in along(_sparse(best, "dynsparse", "rigl"), methods=True):
         by_method = {str(c.get("method")): c for c in _best_of_each(group)}
         for c in by_method.values():
             inputs, outputs = spread(c.runs)
             claim.row(c.get("size"), c.first.family, shown(c.loss), c.coverage, inputs, outputs)
+            claim.point("explored share", str(c.get("method")), c.coverage, c.loss)
         if len(by_method) == 2:
             _collapses(claim, by_method["rigl"], by_method["dynsparse"])
     if not any("coverage" in text for text in claim.findings):

@@ -30,6 +30,7 @@ def freezing(best: Sequence[Configuration]) -> Claim:
             over_first = difference(c, first[unused]) if c is not first[unused] else None
             differences = signed(over_zero), signed(over_first)
             claim.row(c.get("size"), c.sparsity, time, unused, shown(c.loss), *differences)
+            claim.point("share that is dense first", str(unused), time, c.loss)
             for found in (over_zero, over_first):
                 claim.vote_same(found, SAME)
     if not claim.rows:
@@ -51,6 +52,7 @@ def alternation(best: Sequence[Configuration]) -> Claim:
         for selection, c in sorted(by_selection.items()):
             minus = difference(c, magnitude) if magnitude is not None and c is not magnitude else None
             claim.row(c.get("size"), c.sparsity, unused, selection, shown(c.loss), signed(minus))
+            claim.point("what a sparse phase trains", unused, selection, c.loss)
         for better, worse in pairwise(order[unused]):
             if better in by_selection and worse in by_selection:
                 claim.vote(difference(by_selection[better], by_selection[worse]), -1)

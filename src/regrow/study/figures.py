@@ -13,6 +13,8 @@ from typing import Any
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, best_learning_rates, configurations, frontier_members
+from regrow.study.claim_figures import claim_figures, log_axis
+from regrow.study.claims import claims
 from regrow.study.pictures import pictures
 from regrow.study.report import family_order
 from regrow.study.runs import Run, entries, number
@@ -36,7 +38,7 @@ _KINDS = ("png", "svg")
 
 
 def write_figures(runs: Sequence[Run], folder: str | Path) -> list[Path]:
-    """Draw what the runs have: ``pareto``, ``curves``, ``topology``, ``patterns``; returns the files.
+    """Draw ``pareto``, ``curves``, ``topology``, ``patterns`` and ``c1`` to ``c11``; returns the files.
 
     Losses of different tasks (data, vocabulary, length) do not belong in one picture: of several tasks, the one with
     the most runs is drawn.
@@ -57,6 +59,10 @@ def write_figures(runs: Sequence[Run], folder: str | Path) -> list[Path]:
         pictured = next((run for run in runs if not run.dense and pictures(run)), None)
         if pictured is not None:
             figures["patterns"] = _patterns(figure_class, pictured)
+        of_claims = claim_figures(figure_class, claims(best_learning_rates(every)))
+        for figure in of_claims.values():
+            _legend(figure)
+        figures |= of_claims
         written = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,8 +90,6 @@ def _matplotlib() -> Iterator[Any]:
 
 def _pareto(figure_class: Any, tuned: Sequence[Configuration], colors: dict[str, str]) -> Any:
     """Loss against FLOPs and seconds, side by side."""
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-
     figure = figure_class(figsize=(7.2, 3.2))
     for axes, cost, title in zip(
         figure.subplots(1, 2, sharey=True), ("flops", "seconds"), ("training FLOPs", "training seconds"), strict=True
@@ -100,11 +104,8 @@ def _pareto(figure_class: Any, tuned: Sequence[Configuration], colors: dict[str,
                 x, y = zip(*(c.point(cost) or (0.0, 0.0) for c in members), strict=True)
                 bars = [(c.loss.half_width or 0.0) if c.loss else 0.0 for c in members]
                 axes.errorbar(x, y, yerr=bars, color=color, marker="o", markersize=4, linewidth=1, label=family)
-        axes.set(xlabel=title, xscale="log")
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 6 * low else MaxNLocator(5))
-        axes.xaxis.set_major_formatter(lambda x, _: EngFormatter(sep="")(x) if x >= 1000 else f"{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(title)
+        log_axis(axes)
         if not axes.has_data():
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=_OTHER)
     figure.axes[0].set_ylabel("held-out MLM loss")
