@@ -14,8 +14,8 @@ from regrow.study.analysis import (
     frontier_members,
     spearman,
 )
-from regrow.study.claim import Claim
 from regrow.study.claims import claims
+from regrow.study.claims.claim import Claim
 from regrow.study.pareto import Estimate
 from regrow.study.pictures import spread
 from regrow.study.runs import Run, read_runs

@@ -13,8 +13,8 @@ from typing import Any
 
 from regrow.errors import RegrowError
 from regrow.study.analysis import Configuration, best_learning_rates, configurations, frontier_members
-from regrow.study.claim_figures import claim_figures, log_axis
 from regrow.study.claims import claims
+from regrow.study.claims.figures import claim_figures, log_axis
 from regrow.study.pictures import pictures
 from regrow.study.report import family_order
 from regrow.study.runs import Run, entries, number

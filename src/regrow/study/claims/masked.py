@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from regrow.study.analysis import Configuration, along, difference
-from regrow.study.claim import Claim, shown, signed
+from regrow.study.claims.claim import Claim, shown, signed
 
 SAME = 0.05
 """Nats. "The same loss" is a difference whose whole 95% interval is smaller."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import cycle
 from typing import Any
 
-from regrow.study.claim import Claim
+from regrow.study.claims.claim import Claim
 
 _DENSE, _COLORS = "#0b0b0b", ("#2a78d6", "#eda100", "#1baf7a", "#e34948", "#4a3aa7", "#e87ba4")
 
