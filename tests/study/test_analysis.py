@@ -1,6 +1,7 @@
 """Reading records, grouping them, comparing them, and the tables of claims."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -317,3 +318,21 @@ def test_alternation_has_an_order_of_its_own_for_each_fate() -> None:
     claim = table([*zero, *freeze])["C11"]
     assert claim.verdict == "supported" and len(claim.rows) == 6
     assert table(of({"magnitude": 3.0, "fixed": 2.0}, "zero"))["C11"].verdict == "contradicted"
+
+
+def test_pictures_hold_the_losses_that_a_claim_compares() -> None:
+    found = table(runs_of(*synthetic.study()))
+    assert set(found["C1"].panels) == {"training FLOPs", "training seconds"}
+    for series in found["C1"].panels.values():
+        assert set(series) == {"dynsparse", "static", "dense"}
+        assert all(
+            a < b for points in series.values() for (a, _), (b, _) in pairwise(sorted(points, key=lambda p: p[0]))
+        )
+    over_sparsity = found["C2"].panels["sparsity"]
+    assert {x for x, _ in over_sparsity["dynsparse"]} == {x for x, _ in over_sparsity["dense at equal FLOPs"]}
+    [(at, loss)] = over_sparsity["static"]  # only one sparsity has static runs
+    [row] = [row for row in found["C2"].rows if row[2] == at]
+    dynamic = dict(over_sparsity["dynsparse"])[at]
+    assert f"{dynamic.mean - loss.mean:.3f}" in str(row[4])
+    assert [x for x, _ in next(iter(found["C5"].panels["block norm"].values()))] == ["l1", "l2", "linf"]
+    assert not found["C8"].panels and found["C4"].joined is False
