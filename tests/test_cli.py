@@ -52,3 +52,12 @@ def test_unknown_commands_are_one_line_and_status_2(argv: list[str], capsys: pyt
 def test_python_m_regrow_is_the_command() -> None:
     run = subprocess.run([sys.executable, "-m", "regrow", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout == f"regrow {__version__}\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "regrow", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()  # as head does, though sooner
+        assert run.stderr.read() == "" and run.wait() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     keep_freed_memory()
     try:
-        return import_module(f"regrow.cli.{arguments.command}").run(argv[1:])
+        status = import_module(f"regrow.cli.{arguments.command}").run(argv[1:])
+        sys.stdout.flush()
+        return status
     except RegrowError as error:
         print(f"regrow {arguments.command}: error: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        return 0
     except KeyboardInterrupt:
         print(f"\nregrow {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
