@@ -255,7 +255,7 @@ def test_a_dry_run_prints_what_would_be_done(tmp_path: Path, capsys: pytest.Capt
     assert main(["study", "run", "c5", "--scale", "cpu", "--dry-run", "--set", "steps=500", *folder]) == 0
     *_, last = lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12 and "Linf" in lines[0] and "norm=linf,seed=2" in lines[-2]
-    assert last == "9 runs, 9 to do: 1.84e+07 tokens at most, 2.32e+13 non-embedding FLOPs"
+    assert last == "9 runs, 9 to do: 9.22e+06 tokens at most, 3.08e+12 non-embedding FLOPs"
     assert not list(tmp_path.iterdir())
     assert main(["study", "run", "c5", "--scale", "cpu", "--dry-run", "--only", "norm=l1,*", *folder]) == 0
     assert "3 runs, 3 to do" in capsys.readouterr().out

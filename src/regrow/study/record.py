@@ -135,7 +135,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     Raises:
         RegrowError: the run was never evaluated, so it did not finish.
     """
-    lines = [{name: _finite(value) for name, value in line.items()} for line in run.read_metrics()]
+    lines = [{name: _stored(value) for name, value in line.items()} for line in run.read_metrics()]
     evaluations = [line for line in lines if "eval_mlm_loss" in line]
     if not evaluations:
         raise RegrowError(f"{run.path} holds no evaluation; the run has not finished")
@@ -264,8 +264,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _stored(value: Any) -> Any:
+    """A number of a log line to six digits, which halves a record; ``None`` where there is none."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _is_number(value: Any) -> bool:
