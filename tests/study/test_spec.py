@@ -1,5 +1,6 @@
 """Identity: the same training has the same id however it is asked for, another has another."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,30 @@ def test_the_scale_of_a_rate_counts_where_a_rule_gives_the_rate() -> None:
     )
 
 
-def test_every_option_is_part_of_the_identity_unless_it_is_known_not_to_be() -> None:
-    recipe = RunSpec({}).recipe()
-    assert set(PretrainConfig.__dataclass_fields__) - set(recipe) == {*NO_EFFECT, "base_width"}
+OTHER_TEXT = {"data": "a/hub-set", "size": "2/64", "distribution": "erk", "method": "set", "lr_rule": "inverse",
+              "lr_scope": "all", "decay": "linear", "tokenizer": "a/hub-set", "text_field": "body", "fuse": "none",
+              "short_documents": "error", "report_to": "none,"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(PretrainConfig) if f.name not in (*NO_EFFECT, "base_width")])
+def test_every_option_is_part_of_the_identity_unless_it_is_known_not_to_be(name: str) -> None:
+    default = getattr(PretrainConfig(), name)
+    if name in OTHER_TEXT:
+        other = OTHER_TEXT[name]
+    elif isinstance(default, bool):
+        other = not default
+    elif isinstance(default, float) or name in ("learning_rate", "dropout"):
+        other = 0.25
+    else:
+        other = (default or 0) + 64 if name != "block_size" else 4
+    changes = {"drop_fraction": 0.5} if name == "final_fraction" else {}
+    assert RunSpec({name: other, **changes}) != RunSpec(changes)
+
+
+def test_an_option_that_a_later_version_adds_makes_no_run_another_one() -> None:
+    """Plain defaults are no part of the recipe; those that depend on other options are."""
+    names = set(RunSpec({}).recipe())
+    assert names == {"format", "size", "dropout", "n_updates", "eval_steps", "data", "tokenizer_format", "dense_lr"}
 
 
 def test_a_corpus_counts_by_its_content(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ RATE_RULE = frozenset(("lr_scale", "lr_rule", "lr_scope", "base_width"))
 """What decides a learning rate that is not given."""
 _SPARSE = _TOPOLOGY | (RATE_RULE - {"lr_scale"}) | frozenset(("density", "block_size", "distribution", "method"))
 
+# So that records from before an option existed still group with those after.
+_DEFAULTS = {field.name: field.default for field in fields(PretrainConfig)}
+
 Key = tuple[tuple[str, str], ...]
 
 
@@ -201,7 +204,7 @@ class Run:
         unused = _BYSTANDERS | (_SPARSE if self.dense else _TOPOLOGY if self.method == "static" else frozenset())
         if number(self.config, "learning_rate") is not None:  # it is then that of every parameter
             unused |= RATE_RULE
-        config = {name: value for name, value in self.config.items() if name not in unused}
+        config = {name: value for name, value in (_DEFAULTS | dict(self.config)).items() if name not in unused}
         if self.dense:  # options of the method that a dense model does not have
             config = {name: value for name, value in config.items() if name in TRAINING_FIELDS}
         config["learning_rate"] = self.learning_rate

@@ -26,6 +26,8 @@ from regrow.optim import sparse_learning_rate
 
 NO_EFFECT = ("output", "workers", "keep_checkpoints", "save_steps", "logging_steps", "report_to")
 """Options that cannot change what is trained: they are no part of a run's identity."""
+RECIPE_FORMAT = 1
+"""Raised when the default of an option changes, or what an option does."""
 _OF_SPARSITY = ("density", "distribution", "block_size", "block_steps", "block_warmup")
 _OF_UPDATES = ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates")
 _OF_RATES = ("lr_rule", "lr_scope", "base_width")
@@ -110,11 +112,12 @@ class RunSpec:
         """Everything that decides what is trained, and nothing else.
 
         Corpus and tokenizer count by content, so that a run is the same on another machine and another one when its
-        corpus has changed. Defaults that depend on other options are spelled out, options without effect left out.
+        corpus has changed. Plain defaults and options without effect are left out, so that an option that a later
+        version adds makes no run another one; defaults that depend on other options are spelled out.
         """
-        config, size = self.config, size_named(self.config.size)
-        recipe = {name: value for name, value in self.full.items() if name not in NO_EFFECT}
-        recipe |= {
+        config, size, idle = self.config, size_named(self.config.size), self.without_effect
+        recipe: dict[str, Any] = dict(self.options) | {
+            "format": RECIPE_FORMAT,
             "size": [size.layers, size.hidden, size.heads],
             "dropout": size.dropout if config.dropout is None else config.dropout,
             "n_updates": config.updates,
@@ -124,20 +127,27 @@ class RunSpec:
         if config.tokenizer is None:
             recipe["tokenizer_format"] = TOKENIZER_FORMAT
         else:
-            recipe |= {"tokenizer": _tokenizer_content(config.tokenizer), "vocab_size": None}
-        without: list[str] = []
+            recipe["tokenizer"] = _tokenizer_content(config.tokenizer)
         if config.learning_rate is None:
             recipe["dense_lr"] = size.dense_lr
-        else:
-            without.append("lr_scale")
+        return {name: value for name, value in recipe.items() if name not in idle}
+
+    @cached_property
+    def without_effect(self) -> frozenset[str]:
+        """Options that play no part in this run."""
+        config, idle = self.config, [*NO_EFFECT]
+        if config.tokenizer is not None:
+            idle.append("vocab_size")
+        if config.learning_rate is not None:
+            idle.append("lr_scale")
         if config.lr_rule != "supar":
-            without += _OF_RATES if config.learning_rate is not None else ("base_width",)
+            idle += _OF_RATES if config.learning_rate is not None else ("base_width",)
         if config.dense:
             own = [f.name for f in dataclasses.fields(self.method)]  # type: ignore[arg-type]
-            without += [*_OF_SPARSITY, *_OF_UPDATES, *_OF_RATES, "method", *own]
+            idle += [*_OF_SPARSITY, *_OF_UPDATES, *_OF_RATES, "method", *own]
         elif not self.method.moves:
-            without += _OF_UPDATES
-        return {name: value for name, value in recipe.items() if name not in without}
+            idle += _OF_UPDATES
+        return frozenset(idle)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RunSpec) and self.id == other.id
@@ -252,8 +262,7 @@ def _with_rate(options: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(run: RunSpec) -> dict[str, Any]:
     """What a run says of itself: the full configuration without what plays no part in it."""
-    recipe = run.recipe()
-    return {name: value for name, value in run.full.items() if name in recipe}
+    return {name: value for name, value in run.full.items() if name not in run.without_effect}
 
 
 def _shown(name: str, value: Any) -> str:
