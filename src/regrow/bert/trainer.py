@@ -153,7 +153,8 @@ class PretrainingTrainer(SafeTrainer):
 
 def _stand_apart(then: Callable[[int], None], worker: int) -> None:
     """In a process that prepares batches: Ctrl-C and torchrun signal whole groups, but to stop is not its decision."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     then(worker)
 
 

@@ -21,6 +21,9 @@ _SHARE = 16  # a piece of a dense gradient holds at most this fraction of its po
 class Signals:
     """What a method may look at when one layer is updated.
 
+    On several ranks all of it is the same on each: weights, optimizer state and indices because every rank computes
+    them alike, ``gradient`` because its answers are sums over the ranks.
+
     Args:
         values: [n_blocks, b, b] the layer's blocks, by slot.
         topology: where the slots are.
