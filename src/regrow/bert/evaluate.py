@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from regrow.bert.masking import IGNORE
 from regrow.bert.model import BertForPreTraining
 from regrow.errors import RegrowError
+from regrow.ranks import rank, summed, world_size
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def evaluate_pretraining(
     """MLM and NSP loss (nats) and accuracy over a held-out set with fixed masks.
 
     The MLM loss is the mean over all predicted positions of the set, not over batches, so it does not depend on
-    ``batch_size``.
+    ``batch_size``. Ranks take a share of the set each and add up what they found, so all must call this together.
 
     Returns:
         ``mlm_loss``, ``nsp_loss``, ``mlm_accuracy``, ``nsp_accuracy``.
@@ -31,8 +32,9 @@ def evaluate_pretraining(
     Raises:
         RegrowError: the set is empty.
     """
+    part = _share(dataset) if world_size() > 1 else dataset
     # A generator of its own keeps the loader from drawing its seed from the global random state.
-    loader = DataLoader(dataset, batch_size, collate_fn=collate_fn, generator=torch.Generator())  # type: ignore[arg-type]
+    loader = DataLoader(part, batch_size, collate_fn=collate_fn, generator=torch.Generator())  # type: ignore[arg-type]
     device = next(model.parameters()).device
     totals = torch.zeros(6, dtype=torch.float64)
     was_training = model.training
@@ -42,7 +44,7 @@ def evaluate_pretraining(
             totals += _batch_totals(model, {name: tensor.to(device) for name, tensor in batch.items()})
     finally:
         model.train(was_training)
-    mlm_sum, mlm_right, predicted, nsp_sum, nsp_right, sequences = totals.tolist()
+    mlm_sum, mlm_right, predicted, nsp_sum, nsp_right, sequences = summed(totals).tolist()
     if sequences == 0:
         raise RegrowError("the held-out set is empty; raise heldout_fraction or give a larger corpus")
     return {
@@ -51,6 +53,12 @@ def evaluate_pretraining(
         "mlm_accuracy": mlm_right / max(predicted, 1),
         "nsp_accuracy": nsp_right / sequences,
     }
+
+
+def _share(dataset: Dataset) -> Dataset:
+    """The items that this rank evaluates."""
+    n = len(dataset)  # type: ignore[arg-type]
+    return Subset(dataset, range(n * rank() // world_size(), n * (rank() + 1) // world_size()))
 
 
 def _batch_totals(model: BertForPreTraining, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
@@ -34,8 +36,10 @@ from regrow.nn.linear import check_block_size
 from regrow.optim import AdamW, parameter_groups, supar_init_factor
 from regrow.optim.groups import LrScope
 from regrow.optim.lr_rules import LrRule
+from regrow.ranks import first_on_each_machine, rank, wait_for_all, world_size
 from regrow.topology.distribution import Distribution, check_density
-from regrow.training import RegrowCallback, UpdateSchedule
+from regrow.training import RegrowCallback, UpdateSchedule, gradient_bytes
+from regrow.training.checkpoint import ranks_of, seed_rank
 from regrow.training.interrupt import StopOnSignal
 from regrow.training.updater import check_trainable
 
@@ -66,7 +70,9 @@ class PretrainConfig:
     method: str = _option("dynsparse", "how the pattern moves; its own options are listed below")
     dense: bool = _option(False, "train the ordinary dense model instead: the baseline to compare with")
     steps: int = _option(1000, "optimizer steps")
-    batch_size: int = _option(32, "sequences in a step")
+    batch_size: int = _option(
+        32, "sequences in a step, of all processes together: each takes an equal share, so their number must divide it"
+    )
     max_length: int = _option(128, "tokens of a sequence")
     learning_rate: float | None = _option(
         None, "peak learning rate of every parameter; by default the size's dense optimum, raised by --lr-rule"
@@ -212,19 +218,23 @@ def pretrain(
         resume: continue the run in ``config.output`` from its newest checkpoint.
         callbacks: more of transformers' callbacks; they see the model after an update.
 
+    Started by ``torchrun``, its processes share every batch and end with the same result; see docs/scaling.md.
+
     Raises:
-        RegrowError: an argument, the corpus, the vocabulary or a checkpoint cannot be used. An existing run is
-            never overwritten.
+        RegrowError: an argument, the corpus, the vocabulary or a checkpoint cannot be used, or the processes cannot
+            share a batch evenly. An existing run is never overwritten.
     """
     config.check()
+    _join(config)
     run = RunDirectory(config.output)
     checkpoint = run.last_checkpoint() if resume else None
     if not resume:
         run.check_free()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = load_tokenizer(run.path) if resume else _tokenizer(config)
-    train, heldout = _data(config, tokenizer)
+    with first_on_each_machine():
+        tokenizer = load_tokenizer(run.path) if resume else _tokenizer(config)
+        train, heldout = _data(config, tokenizer)
     model = _model(config, method, len(tokenizer))
     dense_layout = config.dense or method.dense_layout
     optimizer = _optimizer(config, method, model)
@@ -232,7 +242,8 @@ def pretrain(
         check_trainable(dict(named_sparse_layers(model)), optimizer, method, config.schedule)
     if not resume:
         run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
-        tokenizer.save_pretrained(run.path)
+        if rank() == 0:
+            tokenizer.save_pretrained(run.path)
     topology = None if config.dense else _topology(config, method)
     stop, progress = StopOnSignal(), ProgressBar(None if dense_layout else config.density)
     trainer = PretrainingTrainer(
@@ -248,6 +259,9 @@ def pretrain(
         topology=topology,
     )
     trainer.remove_callback(PrinterCallback)
+    if rank() > 0:
+        seed_rank(config.seed)
+    _tell_ranks(config, model, None if checkpoint is None else ranks_of(checkpoint))
     if checkpoint is None:
         trainer.evaluate()
     else:
@@ -260,6 +274,7 @@ def pretrain(
     finished = trainer.state.global_step >= config.steps
     if finished:
         trainer.save_model(str(run.path))
+    wait_for_all()  # for rank 0 to have written what is read now
     before, after = _evaluations(run, trainer.state.global_step)
     return PretrainResult(
         path=run.path,
@@ -272,6 +287,37 @@ def pretrain(
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
     )
+
+
+def _join(config: PretrainConfig) -> None:
+    """Meet the other processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        PartialState(cpu=not torch.cuda.is_available())
+    if config.batch_size % world_size():
+        raise RegrowError(
+            f"batch_size={config.batch_size} sequences in a step cannot be shared evenly by {world_size()} processes; "
+            f"make it a multiple of {world_size()}"
+        )
+
+
+def _tell_ranks(config: PretrainConfig, model: BertForPreTraining, before: int | None) -> None:
+    """Say what the processes exchange, and what it means that there are more or fewer of them than before."""
+    ranks = world_size()
+    if rank() > 0:
+        return
+    if ranks > 1:
+        sent, dense = gradient_bytes(model)
+        of_encoder, of_dense_encoder = gradient_bytes(model.bert.encoder)
+        tqdm.write(
+            f"{ranks} processes of {config.batch_size // ranks} sequences; gradient bytes per step: {sent:,} "
+            f"({sent / dense:.3f} of dense; the encoder's {of_encoder:,}, {of_encoder / of_dense_encoder:.3f} of dense)"
+        )
+    if before not in (None, ranks):
+        tqdm.write(
+            f"the checkpoint is of {before} processes, and now there are {ranks}: batches, masked words and topology "
+            "updates stay what they were; dropout draws other masks and sums round otherwise, so the end is not "
+            "bitwise that of an uninterrupted run"
+        )
 
 
 def prepare(config: PretrainConfig) -> None:
@@ -363,8 +409,10 @@ def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
         **checkpointing,
         output_dir=str(run.checkpoints),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // world_size(),
+        per_device_eval_batch_size=config.batch_size // world_size(),
+        use_cpu=world_size() > 1 and not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # there are none
         lr_scheduler_type="linear",
         warmup_steps=round(config.warmup * config.steps),
         max_grad_norm=config.max_grad_norm,

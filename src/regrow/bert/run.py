@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from regrow.errors import RegrowError
+from regrow.ranks import rank
 from regrow.training import UpdateRecord
 from regrow.training.metrics import mean_record
 
@@ -29,7 +30,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class RunDirectory:
-    """Paths and logs of one run; never overwrites another run."""
+    """Paths and logs of one run; never overwrites another run. Of several processes, rank 0 writes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -53,6 +54,8 @@ class RunDirectory:
         Raises:
             RegrowError: the directory holds something already, or cannot be written.
         """
+        if rank() > 0:
+            return
         self.check_free()
         try:
             self.checkpoints.mkdir(parents=True)
@@ -87,7 +90,7 @@ class RunDirectory:
         """Drop log lines after ``step``: a killed run may have logged beyond its last checkpoint."""
         for name in (METRICS_FILE, TOPOLOGY_LOG):
             path = self.path / name
-            if path.exists():
+            if path.exists() and rank() == 0:
                 kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
                 path.write_text("".join(line + "\n" for line in kept))
 
@@ -115,6 +118,8 @@ class RunDirectory:
         return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
     def _append(self, name: str, entries: list[Any]) -> None:
+        if rank() > 0:
+            return
         with (self.path / name).open("a") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regrow.bert.evaluate import evaluate_pretraining
+from regrow.bert.global_batch import GlobalBatch
 from regrow.bert.run import RunDirectory
 from regrow.bert.stream import PairDataset
 from regrow.training import RegrowCallback, SafeTrainer, UpdateRecord
@@ -27,6 +31,8 @@ class PretrainingTrainer(SafeTrainer):
     Tokens are real ones, padding not counted; ``data_wait`` is the share of the time that training waited for batches.
     Every line carries ``tokens`` and ``seconds`` since the start of training; evaluating and writing checkpoints is no
     training time.
+
+    On several ranks losses and tokens are those of all of them; clocks are each rank's own.
 
     The running sums travel in the checkpoints, so a resumed run logs the same losses as an uninterrupted one, and its
     seconds go on.
@@ -63,6 +69,11 @@ class PretrainingTrainer(SafeTrainer):
             self._since += time.perf_counter() - self._stopped_at
             self._stopped_at = 0.0
 
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.base_dataloader.worker_init_fn = partial(_stand_apart, loader.worker_init_fn)
+        return loader
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if not self._training:  # what came before was preparation
             self._training = True
@@ -76,12 +87,15 @@ class PretrainingTrainer(SafeTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         output = model(**inputs)
+        loss = output.loss
         if model.training:
-            self.sums["mlm_loss"] += output.mlm_loss.item()
-            self.sums["nsp_loss"] += output.nsp_loss.item()
+            batch = GlobalBatch.of(output, inputs)
+            loss = batch.loss
+            self.sums["mlm_loss"] += batch.mlm_loss
+            self.sums["nsp_loss"] += batch.nsp_loss
             self.sums["steps"] += 1
-            self._tokens += int(inputs["attention_mask"].sum())
-        return (output.loss, output) if return_outputs else output.loss
+            self._tokens += batch.tokens
+        return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         return None  # the loss is a mean over the batch; the Trainer divides it by the accumulation steps
@@ -137,6 +151,13 @@ class PretrainingTrainer(SafeTrainer):
         return {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, **speed}
 
 
+def _stand_apart(then: Callable[[int], None], worker: int) -> None:
+    """In a process that prepares batches: Ctrl-C and torchrun signal whole groups, but to stop is not its decision."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    then(worker)
+
+
 class ProgressBar(TrainerCallback):
     """One line that lives: steps, losses, tokens a second, density; evaluations are printed above it."""
 
@@ -147,6 +168,8 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not state.is_world_process_zero:
+            return
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

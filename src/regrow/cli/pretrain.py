@@ -13,6 +13,7 @@ from regrow.bert.pretrain import PretrainConfig, PretrainResult, pretrain
 from regrow.cli.parser import INTERRUPTED, OneLineParser
 from regrow.cli.sources import add_sources, flags_of_files, read_sources, refuse_changes, saved_flags, value_of
 from regrow.methods import method_class
+from regrow.ranks import leave, rank
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,7 +25,9 @@ def run(argv: Sequence[str]) -> int:
     if asked.resume:
         refuse_changes((config, method), _parse(parser, defaults))
     result = pretrain(config, method, resume=asked.resume)
-    print(_describe(result))
+    if rank() == 0:
+        print(_describe(result))
+    leave()
     return 0 if result.finished else INTERRUPTED
 
 

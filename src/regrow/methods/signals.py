@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from regrow import kernels
 from regrow.errors import RegrowError
 from regrow.methods.scores import Norm, block_norm, strongest
+from regrow.ranks import rank, summed
 from regrow.topology import BlockTopology, ExploredPositions
 
 _SHARE = 16  # a piece of a dense gradient holds at most this fraction of its positions
@@ -20,6 +20,9 @@ _SHARE = 16  # a piece of a dense gradient holds at most this fraction of its po
 @dataclass(frozen=True)
 class Signals:
     """What a method may look at when one layer is updated.
+
+    On several ranks all of it is the same on each: weights, optimizer state and indices because every rank computes
+    them alike, ``gradient`` because its answers are sums over the ranks.
 
     Args:
         values: [n_blocks, b, b] the layer's blocks, by slot.
@@ -87,7 +90,7 @@ class Gradient:
         topology = BlockTopology.from_coordinates(
             rows, cols, n_block_rows=self.n_block_rows, n_block_cols=self.n_block_cols
         )
-        return _summed(kernels.sddmm(self.g, self.x, *topology.indices(), self.block_size))
+        return summed(kernels.sddmm(self.g, self.x, *topology.indices(), self.block_size))
 
     def strongest(self, k: int, *, excluded: Tensor, norm: Norm = "l1") -> Tensor:
         """Flat positions of the ``k`` blocks of ``G`` of largest norm that are not ``excluded``, strongest first."""
@@ -102,7 +105,7 @@ class Gradient:
             g = self.g[:, first * b : (first + row_step) * b]
             parts = []
             for c in range(0, n_cols, col_step):
-                piece = _summed(g.T @ self.x[:, c * b : (c + col_step) * b])
+                piece = summed(g.T @ self.x[:, c * b : (c + col_step) * b])
                 rows, cols = piece.shape[0] // b, piece.shape[1] // b
                 blocks = piece.view(rows, b, cols, b).transpose(1, 2).reshape(rows * cols, b, b)
                 parts.append(block_norm(blocks, norm).view(rows, cols))
@@ -111,7 +114,7 @@ class Gradient:
     def strengths(self) -> tuple[Tensor, Tensor]:
         """``([R], [C])``: sums of ``|g|`` over the tokens and features of a block row, of ``|x|`` of a block column."""
         b = self.block_size
-        rows, cols = (_summed(t.abs().sum(0).view(-1, b).sum(1)) for t in (self.g, self.x))
+        rows, cols = (summed(t.abs().sum(0).view(-1, b).sum(1)) for t in (self.g, self.x))
         return rows, cols
 
     def sketches(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -121,9 +124,9 @@ class Gradient:
         """
         b = self.block_size
         seed = int(torch.randint(2**62, (), generator=generator))  # the shared source may not depend on a rank's tokens
-        own = torch.Generator().manual_seed(seed + _rank())
+        own = torch.Generator().manual_seed(seed + rank())
         signs = torch.randint(2, (self.x.shape[0],), generator=own).to(self.x) * 2 - 1
-        rows, cols = (_summed(signs @ t).abs().view(-1, b).sum(1) for t in (self.g, self.x))
+        rows, cols = (summed(signs @ t).abs().view(-1, b).sum(1) for t in (self.g, self.x))
         return rows, cols
 
 
@@ -132,19 +135,3 @@ def positions_of(rows: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, T
     for first, scores in rows:
         start = first * scores.shape[1]
         yield torch.arange(start, start + scores.numel(), device=scores.device), scores.flatten()
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _distributed() else 0
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Over all ranks of a distributed run."""
-    if _distributed():
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
-    return tensor

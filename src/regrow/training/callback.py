@@ -12,7 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from regrow.errors import RegrowError
 from regrow.methods import DenseLayoutMethod, Method, create
+from regrow.ranks import world_size
 from regrow.training.checkpoint import TOPOLOGY_FILE, load_tensors
+from regrow.training.ddp import keep_indices_local
 from regrow.training.masked import MaskedTraining
 from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import Decay, UpdateSchedule
@@ -23,7 +25,7 @@ class RegrowCallback(TrainerCallback):
     """Runs a :class:`~regrow.TopologyUpdater` after every optimizer step of a ``Trainer``.
 
     ``Trainer(..., callbacks=[RegrowCallback(n_updates=40)])`` is all a training script needs. The updater's state
-    travels in every checkpoint and is restored on resume.
+    travels in every checkpoint and is restored on resume. Started by ``torchrun``, every rank makes the same updates.
 
     Args:
         method: a name from ``regrow.methods.available()`` or a :class:`~regrow.methods.Method`.
@@ -33,7 +35,8 @@ class RegrowCallback(TrainerCallback):
         on_update: called with the records of every update.
 
     Raises:
-        RegrowError: at the start of training, if the model has no sparse layer or an argument is out of range.
+        RegrowError: at the start of training, if the model has no sparse layer, an argument is out of range, or several
+            processes were started but each would train alone.
 
     Example:
         >>> RegrowCallback("dynsparse", n_updates=4, drop_fraction=0.5).updater is None  # until training begins
@@ -64,9 +67,14 @@ class RegrowCallback(TrainerCallback):
         self.seed, self.on_update = seed, on_update
         self.updater: TopologyUpdater | MaskedTraining | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if world_size() > 1:
+            keep_indices_local(kwargs["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _check_together(args)
         schedule = self.schedule(state.max_steps)
         model, method = kwargs["model"], create(self.method) if isinstance(self.method, str) else self.method
         if isinstance(method, DenseLayoutMethod):
@@ -98,6 +106,15 @@ class RegrowCallback(TrainerCallback):
         """Write the updater's state into a checkpoint folder."""
         if self.updater is not None:
             save_file(self.updater.state_dict(), folder / TOPOLOGY_FILE)
+
+
+def _check_together(args: TrainingArguments) -> None:
+    """On a CPU transformers trains in every process alone, unless it is told that a CPU is what they train on."""
+    if args.world_size < world_size():
+        raise RegrowError(
+            f"{world_size()} processes were started but each would train alone; on CPUs use "
+            "TrainingArguments(use_cpu=True)"
+        )
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -2,7 +2,7 @@
 
 A checkpoint directory holds the model as ``save_pretrained`` writes it and, from here:
 
-``training_state.safetensors``  every tensor of optimizer and random state
+``training_state.safetensors``  every tensor of the optimizer, and the random state of every rank
 ``training_state.json``         everything else: parameter groups, scheduler, plain numbers
 ``topology_state.safetensors``  :meth:`regrow.TopologyUpdater.state_dict`
 """
@@ -21,16 +21,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import set_seed
 
 from regrow.errors import RegrowError
+from regrow.ranks import gathered, rank, world_size
+from regrow.training.seeds import mix
 
 TENSORS_FILE = "training_state.safetensors"
 JSON_FILE = "training_state.json"
 TOPOLOGY_FILE = "topology_state.safetensors"
 
+_KINDS = ("torch", "numpy", "python", "cuda")
 
-def save_training_state(folder: Path, optimizer: Optimizer, scheduler: Any, extra: dict[str, Any]) -> None:
-    """Write optimizer, scheduler and the process's random state; ``extra`` is JSON the caller gets back."""
+
+def save_training_state(
+    folder: Path, optimizer: Optimizer, scheduler: Any, extra: dict[str, Any], random_states: dict[str, Tensor]
+) -> None:
+    """Write optimizer, scheduler and random states; ``extra`` is JSON the caller gets back.
+
+    Args:
+        random_states: of :func:`gathered_random_states`.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -46,8 +57,9 @@ def save_training_state(folder: Path, optimizer: Optimizer, scheduler: Any, extr
         "optimizer_numbers": numbers,
         "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
         "extra": extra,
+        "ranks": world_size(),
     }
-    save_file(tensors | _random_state(), folder / TENSORS_FILE)
+    save_file(tensors | random_states, folder / TENSORS_FILE)
     (folder / JSON_FILE).write_text(json.dumps(document, indent=1))
 
 
@@ -77,16 +89,39 @@ def load_training_state(folder: Path, optimizer: Optimizer, scheduler: Any) -> d
     return document["extra"]
 
 
+def gathered_random_states() -> dict[str, Tensor]:
+    """The random state of every rank, on every rank; all must call this together."""
+    by_rank = {name: gathered(state) for name, state in _random_state().items()}
+    return {_random_key(name, r): state for name, states in by_rank.items() for r, state in enumerate(states)}
+
+
 def load_random_state(folder: Path) -> None:
-    """Put the random generators of torch, numpy and Python where the checkpoint left them."""
-    tensors = load_tensors(folder / TENSORS_FILE)
-    torch.set_rng_state(tensors["random.torch"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    key, position = tensors["random.numpy"][:-1], tensors["random.numpy"][-1]
-    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), int(position), 0, 0.0))
-    version, *internal = tensors["random.python"].tolist()
+    """Put the random generators of torch, numpy and Python where the checkpoint left those of this rank.
+
+    A rank that the checkpoint does not know begins anew, from a seed that rank 0's state gives it.
+    """
+    tensors, own = load_tensors(folder / TENSORS_FILE), rank()
+    known = own < ranks_of(folder)
+    state = {name: tensors[key] for name in _KINDS if (key := _random_key(name, own if known else 0)) in tensors}
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    words, position = state["numpy"][:-1], state["numpy"][-1]
+    np.random.set_state(("MT19937", words.numpy().astype(np.uint32), int(position), 0, 0.0))
+    version, *internal = state["python"].tolist()
     random.setstate((version, tuple(internal), None))
+    if not known:
+        seed_rank(int(torch.randint(2**31, ())))
+
+
+def seed_rank(seed: int) -> None:
+    """Give this rank random numbers of its own: with the same ones, all would drop the same activations."""
+    set_seed(mix(seed, rank(), "rank") % 2**32)
+
+
+def ranks_of(folder: Path) -> int:
+    """How many processes wrote a checkpoint together."""
+    return int(load_json(folder / JSON_FILE).get("ranks", 1))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -145,10 +180,15 @@ def _random_state() -> dict[str, Tensor]:
     _, key, position, *_ = np.random.get_state()
     version, internal, _ = random.getstate()
     state = {
-        "random.torch": torch.get_rng_state(),
-        "random.numpy": torch.from_numpy(np.append(key, position).astype(np.int64)),
-        "random.python": torch.tensor([version, *internal], dtype=torch.int64),
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.append(key, position).astype(np.int64)),
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
     }
     if torch.cuda.is_available():
-        state["random.cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _random_key(name: str, of_rank: int) -> str:
+    """``random.torch`` of rank 0, ``random.1.torch`` of the next."""
+    return f"random.{name}" if of_rank == 0 else f"random.{of_rank}.{name}"

@@ -7,11 +7,17 @@ import sys
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from regrow.ranks import highest, rank
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGINT or SIGTERM finishes the step in flight, saves a checkpoint and stops; a second one stops at once."""
+    """On SIGINT or SIGTERM finishes the step in flight, saves a checkpoint and stops; a second one stops at once.
+
+    Ranks get a signal at different steps, or not at all, so after every step they ask each other.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -26,7 +32,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.received is not None:
+        if bool(highest(torch.tensor(self.received is not None, dtype=torch.uint8))):
             control.should_save = True
             control.should_training_stop = True
         return control
@@ -45,4 +51,5 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.restore()
-        print("\nstopping after this step and saving a checkpoint; press Ctrl-C again to quit now", file=sys.stderr)
+        if rank() == 0:
+            print("\nstopping after this step and saving a checkpoint; press Ctrl-C again to quit now", file=sys.stderr)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from regrow.errors import RegrowError
 from regrow.methods import DenseLayoutMethod
 from regrow.nn import MaskedLinear
+from regrow.training.agreement import check_agreement
+from regrow.training.ddp import unwrapped
 from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import UpdateSchedule
 from regrow.training.seeds import mix
@@ -44,7 +46,9 @@ class MaskedTraining:
     last_update_step = -1
 
     def __init__(self, model: nn.Module, method: DenseLayoutMethod, *, schedule: UpdateSchedule, seed: int = 0) -> None:
-        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+        self.layers = {
+            name: layer for name, layer in unwrapped(model).named_modules() if isinstance(layer, MaskedLinear)
+        }
         if not self.layers:
             raise RegrowError(f"method {method.name!r} needs masked dense layers; call regrow.nn.mask_linears first")
         self.method, self.schedule, self.seed = method, schedule, seed
@@ -96,3 +100,4 @@ class MaskedTraining:
                 generator = torch.Generator().manual_seed(mix(self.seed, phase, name))
                 mask = self.method.choose(layer.block_sums(), layer.n_active, generator)
             layer.set_mask_(mask, unused=self.method.unused)
+        check_agreement({name: [layer.mask] for name, layer in self.layers.items()}, f"after step {self.n_steps}")

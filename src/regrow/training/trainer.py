@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -17,6 +17,7 @@ from regrow.errors import RegrowError
 from regrow.training.callback import RegrowCallback
 from regrow.training.checkpoint import (
     damaged,
+    gathered_random_states,
     load_random_state,
     load_training_state,
     save_training_state,
@@ -29,7 +30,7 @@ WEIGHTS_FILE = "model.safetensors"
 class SafeTrainer(Trainer):
     """A ``Trainer`` that writes a checkpoint aside and renames it when complete, in safetensors and JSON only.
 
-    Only single-process checkpoints are written by this version; everything else is the ``Trainer``'s.
+    Of several processes rank 0 writes, the random states of all included. Everything else is the ``Trainer``'s.
     """
 
     def extra_state(self) -> dict[str, Any]:
@@ -40,11 +41,16 @@ class SafeTrainer(Trainer):
         """Counterpart of :meth:`extra_state`."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        random_states = gathered_random_states()  # of all ranks, so all take part
+        if self.args.should_save:
+            self._write_checkpoint(random_states)
+
+    def _write_checkpoint(self, random_states: dict[str, Tensor]) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         self._save(str(partial))
-        save_training_state(partial, self.optimizer, self.lr_scheduler, self.extra_state())
+        save_training_state(partial, self.optimizer, self.lr_scheduler, self.extra_state(), random_states)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RegrowCallback):
                 callback.save_state(partial)
@@ -55,6 +61,8 @@ class SafeTrainer(Trainer):
         rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         output_dir = output_dir or self.args.output_dir
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:

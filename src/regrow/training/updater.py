@@ -16,7 +16,9 @@ from regrow.nn.layout import record_layout
 from regrow.optim import check_optimizer, reset_slots_, resize_slots_
 from regrow.optim.state import resized
 from regrow.topology import ExploredPositions, TopologyUpdate
+from regrow.training.agreement import check_agreement
 from regrow.training.capture import GradientCapture
+from regrow.training.ddp import Wrapper, unwrapped
 from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import UpdateSchedule
 from regrow.training.seeds import mix
@@ -44,10 +46,11 @@ class TopologyUpdater:
     so that no activation is kept longer; see :class:`~regrow.training.capture.GradientCapture`.
 
     Randomness comes from ``(seed, step, layer name)`` alone. So every rank of a distributed run draws the same
-    update, a resumed run the same as an uninterrupted one, and the global random state is never used.
+    update, a resumed run the same as an uninterrupted one, and the global random state is never used. Ranks compare a
+    digest of their indices at the start and after every update, so all of them must make an updater and step it.
 
     Args:
-        model: a model with sparse layers.
+        model: a model with sparse layers, or ``DistributedDataParallel`` around one.
         optimizer: the optimizer that holds their ``values``.
         method: a name from ``regrow.methods.available()`` or a :class:`~regrow.methods.Method`.
         schedule: when and how much.
@@ -55,7 +58,8 @@ class TopologyUpdater:
 
     Raises:
         RegrowError: the model has no sparse layer, the optimizer does not hold one's values or keeps state that does
-            not belong to blocks, a layer does not suit the method, or the schedule never updates a method that moves.
+            not belong to blocks, a layer does not suit the method, the schedule never updates a method that moves, or
+            the ranks of a distributed run do not have the same blocks.
 
     Example:
         >>> from regrow import BlockSparseLinear
@@ -79,7 +83,8 @@ class TopologyUpdater:
         schedule: UpdateSchedule,
         seed: int = 0,
     ) -> None:
-        self.model, self.layers = model, dict(named_sparse_layers(model))
+        self._wrapper, self.model = Wrapper(model), unwrapped(model)
+        self.layers = dict(named_sparse_layers(self.model))
         if not self.layers:
             raise RegrowError("the model has no BlockSparseLinear; call regrow.sparsify(model, ...) first")
         # transformers' Trainer hands over a wrapper
@@ -94,6 +99,7 @@ class TopologyUpdater:
         self._capture = GradientCapture(self.layers, self._propose_with) if self.method.needs_gradient else None
         self._proposals: dict[str, TopologyUpdate | None] = {}
         self._targets: dict[str, int] = {}
+        self._check_agreement("at the start")
         self._prepare()
 
     def step(self) -> list[UpdateRecord]:
@@ -112,6 +118,9 @@ class TopologyUpdater:
             self._capture.stop()
             proposals = self._proposals
         records = [self._apply(name, update) for name, update in proposals.items() if update]
+        if any(update.growth for update in proposals.values() if update):
+            self._wrapper.renew()
+        self._check_agreement(f"after the update of step {self.n_steps}")
         if records:
             self.last_update_step = self.n_steps
         self._prepare()
@@ -169,6 +178,9 @@ class TopologyUpdater:
         self._proposals = {}
         self._decide_targets()
         self._capture.start(self._targets)
+
+    def _check_agreement(self, when: str) -> None:
+        check_agreement({name: layer.topology.indices() for name, layer in self.layers.items()}, when)
 
     def _decide_targets(self) -> None:
         step = self.n_steps + (self._capture is not None)
