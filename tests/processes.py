@@ -1,7 +1,8 @@
 """Real processes that train together over gloo, each with one thread."""
 
-import importlib
+import importlib.util
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import traceback
@@ -34,10 +35,14 @@ def together(ranks: int, target: str, folder: Path, *arguments: Any) -> list[Any
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        ended = [waiting.pop(sentinel) for sentinel in multiprocessing.connection.wait(waiting, timeout=120)]
+        for process in ended:
+            process.join()
+        if not ended or any(process.exitcode for process in ended):  # the others would wait for it
+            for process in waiting.values():
+                process.kill()
     assert all(path.exists() for path in results), "a rank failed or hung; see above"
     return [torch.load(path, weights_only=False) for path in results]
 
