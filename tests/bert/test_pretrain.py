@@ -22,6 +22,7 @@ from regrow.bert.pretrain import PretrainConfig, PretrainResult, pretrain
 from regrow.bert.sizes import bert_config
 from regrow.bert.trainer import ProgressBar
 from regrow.cli import main
+from regrow.errors import RegrowError
 from regrow.methods import create
 from regrow.nn import named_sparse_layers
 
@@ -448,9 +449,50 @@ def test_truncated_checkpoints_are_named(
     before = (run / "model.safetensors").read_bytes()
     assert main(["pretrain", "--output", str(run), "--resume"]) == 2
     error = one_line_error(capsys)
-    assert f"{name} is damaged" in error and f"delete {victim.parent} to resume from an older" in error
+    assert f"{victim} is damaged" in error and "no checkpoint is intact; start the run anew" in error
     assert ("(missing)" in error) == (damage == "missing")
     assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_the_newest_intact_checkpoint_is_taken(corpus: Path, tmp_path: Path) -> None:
+    settings = config(corpus, tmp_path / "run", save_steps=8)
+    whole = pretrain(settings, create("static"))
+    victim = tmp_path / "run/checkpoints/checkpoint-24/model.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1  # no length changes
+    victim.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"its checksum is not .*: going on from checkpoint-16 instead"):
+        again = pretrain(settings, create("static"), resume=True)
+    assert {**again.after, "seconds": 0} == {**whole.after, "seconds": 0}
+
+
+class Explode(TrainerCallback):
+    """One gradient of one step is infinite."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 9:
+            values = kwargs["model"].bert.encoder.layer[1].intermediate.dense.values
+            hook = values.register_hook(
+                lambda gradient: (hook.remove(), gradient.index_fill(0, torch.tensor(0), torch.inf))[1]
+            )
+
+
+def test_a_gradient_that_is_not_finite_stops_with_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    settings = config(corpus, tmp_path / "run")
+    message = r"of bert\.encoder\.layer\.1\.intermediate\.dense\.values is not finite in step 10; .*--on_nonfinite skip"
+    with pytest.raises(RegrowError, match=message):
+        pretrain(settings, create("dynsparse"), callbacks=[Explode()])
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-9"]
+    resumed = pretrain(settings, create("dynsparse"), resume=True)  # whatever it was is gone
+    assert resumed.finished and resumed.after["eval_mlm_loss"] < resumed.before["eval_mlm_loss"]
+
+
+def test_a_step_whose_gradient_is_not_finite_can_be_skipped(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    result = pretrain(config(corpus, tmp_path / "run", on_nonfinite="skip"), create("dynsparse"), callbacks=[Explode()])
+    assert result.finished and np.isfinite(result.after["eval_mlm_loss"])
+    assert "step 10 is left out: the gradient of bert.encoder.layer.1" in "".join(capsys.readouterr())
 
 
 def _copy(source: Path, target: Path) -> None:

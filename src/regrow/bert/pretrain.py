@@ -40,11 +40,16 @@ from regrow.ranks import first_on_each_machine, rank, wait_for_all, world_size
 from regrow.topology.distribution import Distribution, check_density
 from regrow.training import RegrowCallback, UpdateSchedule, gradient_bytes
 from regrow.training.checkpoint import ranks_of, seed_rank
+from regrow.training.finite import OnNonfinite
 from regrow.training.interrupt import StopOnSignal
 from regrow.training.updater import check_trainable
 
 _PREDICTED = 20 / 128
 """Most positions predicted, as a share of the length: BERT's 20 of 128."""
+
+
+MAY_CHANGE = ("on_nonfinite",)
+"""Options that a resumed run may be given anew."""
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -88,6 +93,9 @@ class PretrainConfig:
         None, "steps over which a re-allocated block warms up; by default the method's own (smet: 100), else 0"
     )
     max_grad_norm: float = _option(1.0, "clip the global gradient norm; 0 is off")
+    on_nonfinite: OnNonfinite = _option(
+        "stop", "where a gradient is not finite: stop with a checkpoint, or skip the step"
+    )
     dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
     fuse: str = _option("all", "fused operations: all, none, or some of attention,norm,ffn,qkv,unpad,loss")
     gradient_checkpointing: bool = _option(
@@ -258,6 +266,7 @@ def pretrain(
         run=run,
         topology=topology,
     )
+    trainer.on_nonfinite = config.on_nonfinite
     trainer.remove_callback(PrinterCallback)
     if rank() > 0:
         seed_rank(config.seed)

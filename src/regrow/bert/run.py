@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ import yaml
 from regrow.errors import RegrowError
 from regrow.ranks import rank
 from regrow.training import UpdateRecord
+from regrow.training.manifest import damage
 from regrow.training.metrics import mean_record
 
 CONFIG_FILE, METRICS_FILE, TOPOLOGY_LOG = "regrow.yaml", "metrics.jsonl", "topology.jsonl"
@@ -72,10 +74,10 @@ class RunDirectory:
         return read_yaml(self.path / CONFIG_FILE, "nothing to resume there; check --output")
 
     def last_checkpoint(self) -> Path:
-        """The newest complete checkpoint.
+        """The newest intact checkpoint; warns of newer ones that are damaged.
 
         Raises:
-            RegrowError: there is none yet.
+            RegrowError: there is none yet, or none is intact.
         """
         found = {
             int(match[1]): path
@@ -84,7 +86,15 @@ class RunDirectory:
         }
         if not found:
             raise RegrowError(f"{self.path} has no checkpoint yet; start it anew in another --output")
-        return found[max(found)]
+        broken: list[str] = []
+        for step in sorted(found, reverse=True):
+            wrong = damage(found[step])
+            if wrong is None:
+                if broken and rank() == 0:
+                    warnings.warn(f"{'; '.join(broken)}: going on from {found[step].name} instead", stacklevel=2)
+                return found[step]
+            broken.append(str(found[step] / wrong))
+        raise RegrowError(f"{'; '.join(broken)}: no checkpoint is intact; start the run anew in another --output")
 
     def rewind(self, step: int) -> None:
         """Drop log lines after ``step``: a killed run may have logged beyond its last checkpoint."""

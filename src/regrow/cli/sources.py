@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from regrow.bert.pretrain import MAY_CHANGE
 from regrow.bert.run import RunDirectory, read_yaml
 from regrow.cli.parser import OneLineParser
 from regrow.errors import RegrowError
@@ -57,7 +58,7 @@ def refuse_changes(asked: Sequence[Any], saved: Sequence[Any]) -> None:
     """Raise :class:`RegrowError` where configuration or method are not those of the run to resume."""
     for new, old in zip(asked, saved, strict=True):
         for name, value in asdict(old).items():
-            if getattr(new, name) != value:
+            if name not in MAY_CHANGE and getattr(new, name) != value:
                 raise RegrowError(
                     f"--resume continues a run as it was started, with --{name} {value}; "
                     f"drop --{name} {getattr(new, name)}, or start a new run in another --output"

@@ -161,11 +161,16 @@ def damaged(path: Path, why: object) -> RegrowError:
 def sync_folder(folder: Path) -> None:
     """Flush every file of a folder, and the folder, to the disk."""
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_entry(folder: Path, key: str, entry: Any, parameters: list[Tensor], index: str) -> None:

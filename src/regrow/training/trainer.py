@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -22,7 +23,10 @@ from regrow.training.checkpoint import (
     load_training_state,
     save_training_state,
     sync_folder,
+    sync_path,
 )
+from regrow.training.finite import OnNonfinite, first_nonfinite_gradient, is_finite
+from regrow.training.manifest import write_manifest
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -40,6 +44,34 @@ class SafeTrainer(Trainer):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`extra_state`."""
 
+    on_nonfinite: OnNonfinite = "stop"
+    """Where a gradient is not finite: ``"stop"`` with a checkpoint, or ``"skip"`` the step."""
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not is_finite(norm):  # asked before clipping, which would make every gradient NaN
+            self._refuse_step(first_nonfinite_gradient(model), parameters)
+        elif self.args.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, self._clip_grad_norm(model) if grad_norm is None else grad_norm)
+
+    def _refuse_step(self, where: str, parameters: list[nn.Parameter]) -> None:
+        step = self.state.global_step + 1
+        if self.on_nonfinite == "skip":
+            for parameter in parameters:
+                parameter.grad = None  # the optimizer leaves out what has none
+            tqdm.write(f"step {step} is left out: the gradient of {where} is not finite")
+            return
+        self._save_checkpoint(self.model, None)
+        raise RegrowError(
+            f"the gradient of {where} is not finite in step {step}; the state before it is saved. Lower the learning "
+            "rate or raise the warm-up, or resume with --on_nonfinite skip to leave such steps out"
+        )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random_states = gathered_random_states()  # of all ranks, so all take part
         if self.args.should_save:
@@ -55,9 +87,11 @@ class SafeTrainer(Trainer):
             if isinstance(callback, RegrowCallback):
                 callback.save_state(partial)
         self.state.save_to_json(str(partial / "trainer_state.json"))
+        write_manifest(partial)
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        sync_path(folder.parent)
         rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
