@@ -546,4 +546,4 @@ def test_the_scale_of_the_learning_rate_holds_for_every_group() -> None:
     rates, halves = (
         [group["lr"] for group in PretrainConfig(size="2/64", lr_scale=scale).groups(model)] for scale in (1, 0.5)
     )
-    assert len(set(rates)) == 2 and halves == pytest.approx([rate / 2 for rate in rates])
+    assert len(set(rates)) > 1 and halves == pytest.approx([rate / 2 for rate in rates])
