@@ -5,7 +5,6 @@ Every linear layer and every attention of transformers' encoder models has its p
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from regrow.bert.model import BertForPreTraining
 from regrow.nn import BlockSparseLinear
 from regrow.nn.flops_family import ENCODER, Costs, Family, Role, register_family
 from regrow.nn.linear import check_block_size
+from regrow.nn.sparsify import chosen_layers
 from regrow.topology import layer_densities
 from regrow.topology.distribution import Distribution
 
@@ -118,11 +118,7 @@ def bert_skeleton(
     with torch.device("meta"):
         model = BertForPreTraining(config)
     if density is not None:
-        chosen = {
-            name: module
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and fnmatchcase(name, ENCODER_LAYERS)
-        }
+        chosen = chosen_layers(model, ENCODER_LAYERS)
         shapes = {name: _block_shape(layer, block_size) for name, layer in chosen.items()}
         densities = layer_densities(shapes, density, distribution)
         for name, dense in chosen.items():

@@ -43,8 +43,6 @@ class MaskedTraining:
         1 of 4
     """
 
-    last_update_step = -1
-
     def __init__(self, model: nn.Module, method: DenseLayoutMethod, *, schedule: UpdateSchedule, seed: int = 0) -> None:
         self.layers = {
             name: layer for name, layer in unwrapped(model).named_modules() if isinstance(layer, MaskedLinear)
