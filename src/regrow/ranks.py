@@ -29,6 +29,29 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def started_by_torchrun() -> bool:
+    """Whether there are other processes to meet."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun has started this process anew after one of its group died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def join(backend: str) -> None:
+    """Meet the other processes that torchrun started.
+
+    torchrun gives processes that it starts anew the same store to find each other in, where the addresses of the dead
+    still stand (PyTorch issue 135712). Those of one machine count restarts alike, so here they use a part of the store
+    that nobody has used before.
+    """
+    store, number, count = next(iter(dist.rendezvous("env://")))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt-{restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+
+
 def summed(tensor: Tensor) -> Tensor:
     """The sum over all ranks; ``tensor`` itself may be overwritten by it."""
     return _reduced(tensor, dist.ReduceOp.SUM) if world_size() > 1 else tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -10,6 +12,7 @@ from regrow.bert.masking import IGNORE
 from regrow.bert.model import BertForPreTraining
 from regrow.errors import RegrowError
 from regrow.ranks import rank, summed, world_size
+from regrow.shards import is_sharded
 
 
 @torch.no_grad()
@@ -17,7 +20,7 @@ def evaluate_pretraining(
     model: BertForPreTraining,
     dataset: Dataset,
     *,
-    collate_fn: object,
+    collate_fn: Callable[[list], dict[str, torch.Tensor]],
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, float]:
@@ -34,7 +37,7 @@ def evaluate_pretraining(
     """
     part = _share(dataset) if world_size() > 1 else dataset
     # A generator of its own keeps the loader from drawing its seed from the global random state.
-    loader = DataLoader(part, batch_size, collate_fn=collate_fn, generator=torch.Generator())  # type: ignore[arg-type]
+    loader = DataLoader(part, batch_size, collate_fn=collate_fn, generator=torch.Generator())
     device = next(model.parameters()).device
     totals = torch.zeros(6, dtype=torch.float64)
     was_training = model.training
@@ -42,6 +45,9 @@ def evaluate_pretraining(
     try:
         for batch in tqdm(loader, desc="evaluating", leave=False, disable=not progress):
             totals += _batch_totals(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        if is_sharded(model):  # others may have a batch more, and need this rank's rows for it
+            for _ in range(_most_batches(dataset, batch_size) - len(loader)):
+                model(**{name: tensor.to(device) for name, tensor in collate_fn([dataset[0]]).items()})
     finally:
         model.train(was_training)
     mlm_sum, mlm_right, predicted, nsp_sum, nsp_right, sequences = summed(totals).tolist()
@@ -59,6 +65,12 @@ def _share(dataset: Dataset) -> Dataset:
     """The items that this rank evaluates."""
     n = len(dataset)  # type: ignore[arg-type]
     return Subset(dataset, range(n * rank() // world_size(), n * (rank() + 1) // world_size()))
+
+
+def _most_batches(dataset: Dataset, batch_size: int) -> int:
+    """Of any rank."""
+    most = -(-len(dataset) // world_size())  # type: ignore[arg-type]
+    return -(-most // batch_size)
 
 
 def _batch_totals(model: BertForPreTraining, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -36,19 +35,19 @@ from regrow.nn.linear import check_block_size
 from regrow.optim import AdamW, parameter_groups, supar_init_factor
 from regrow.optim.groups import LrScope
 from regrow.optim.lr_rules import LrRule
-from regrow.ranks import first_on_each_machine, rank, wait_for_all, world_size
+from regrow.ranks import first_on_each_machine, join, rank, started_by_torchrun, wait_for_all, world_size
 from regrow.topology.distribution import Distribution, check_density
 from regrow.training import RegrowCallback, UpdateSchedule, gradient_bytes
 from regrow.training.checkpoint import ranks_of, seed_rank
 from regrow.training.finite import OnNonfinite
 from regrow.training.interrupt import StopOnSignal
-from regrow.training.updater import check_trainable
+from regrow.training.updater import check_shardable, check_trainable
 
 _PREDICTED = 20 / 128
 """Most positions predicted, as a share of the length: BERT's 20 of 128."""
 
 
-MAY_CHANGE = ("on_nonfinite",)
+MAY_CHANGE = ("on_nonfinite", "parallel")
 """Options that a resumed run may be given anew."""
 
 
@@ -98,6 +97,11 @@ class PretrainConfig:
     )
     dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
     fuse: str = _option("all", "fused operations: all, none, or some of attention,norm,ffn,qkv,unpad,loss")
+    parallel: Literal["ddp", "fsdp"] = _option(
+        "ddp",
+        "what each of several processes holds: the whole model (ddp), or a share of its weights, gradients and "
+        "optimizer state (fsdp), for less memory and more traffic",
+    )
     gradient_checkpointing: bool = _option(
         False, "keep only each layer's input and compute the rest again: less memory for about a third more time"
     )
@@ -223,7 +227,7 @@ def pretrain(
     Args:
         config: see the fields of :class:`PretrainConfig`.
         method: the sparse-training method, as ``regrow.methods.create(config.method)`` makes it.
-        resume: continue the run in ``config.output`` from its newest checkpoint.
+        resume: continue the run in ``config.output`` from its newest checkpoint, or from the start if it has none yet.
         callbacks: more of transformers' callbacks; they see the model after an update.
 
     Started by ``torchrun``, its processes share every batch and end with the same result; see docs/scaling.md.
@@ -241,17 +245,21 @@ def pretrain(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with first_on_each_machine():
-        tokenizer = load_tokenizer(run.path) if resume else _tokenizer(config)
+        tokenizer = _tokenizer(config) if checkpoint is None else load_tokenizer(run.path)
         train, heldout = _data(config, tokenizer)
     model = _model(config, method, len(tokenizer))
     dense_layout = config.dense or method.dense_layout
     optimizer = _optimizer(config, method, model)
     if not config.dense:  # refuse now what the first update would
         check_trainable(dict(named_sparse_layers(model)), optimizer, method, config.schedule)
+        if config.parallel == "fsdp":
+            check_shardable(method)
     if not resume:
         run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
-        if rank() == 0:
-            tokenizer.save_pretrained(run.path)
+    if checkpoint is None and rank() == 0:
+        tokenizer.save_pretrained(run.path)
+        if resume:
+            tqdm.write(f"{run.path} has no checkpoint yet: it begins anew")
     topology = None if config.dense else _topology(config, method)
     stop, progress = StopOnSignal(), ProgressBar(None if dense_layout else config.density)
     trainer = PretrainingTrainer(
@@ -267,14 +275,15 @@ def pretrain(
         topology=topology,
     )
     trainer.on_nonfinite = config.on_nonfinite
+    if config.parallel == "fsdp":
+        trainer.shard_units = list(model.bert.encoder.layer)
     trainer.remove_callback(PrinterCallback)
     if rank() > 0:
         seed_rank(config.seed)
     _tell_ranks(config, model, None if checkpoint is None else ranks_of(checkpoint))
+    run.rewind(-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     if checkpoint is None:
         trainer.evaluate()
-    else:
-        run.rewind(int(checkpoint.name.rpartition("-")[2]))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -300,13 +309,17 @@ def pretrain(
 
 def _join(config: PretrainConfig) -> None:
     """Meet the other processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+    if started_by_torchrun():
+        if not torch.distributed.is_initialized():
+            join("nccl" if torch.cuda.is_available() else "gloo")
         PartialState(cpu=not torch.cuda.is_available())
     if config.batch_size % world_size():
         raise RegrowError(
             f"batch_size={config.batch_size} sequences in a step cannot be shared evenly by {world_size()} processes; "
             f"make it a multiple of {world_size()}"
         )
+    if config.parallel == "fsdp" and world_size() == 1:
+        raise RegrowError("parallel='fsdp' shares parameters out over processes; start several with torchrun")
 
 
 def _tell_ranks(config: PretrainConfig, model: BertForPreTraining, before: int | None) -> None:
@@ -320,6 +333,7 @@ def _tell_ranks(config: PretrainConfig, model: BertForPreTraining, before: int |
         tqdm.write(
             f"{ranks} processes of {config.batch_size // ranks} sequences; gradient bytes per step: {sent:,} "
             f"({sent / dense:.3f} of dense; the encoder's {of_encoder:,}, {of_encoder / of_dense_encoder:.3f} of dense)"
+            + ("; the encoder's weights travel twice besides" if config.parallel == "fsdp" else "")
         )
     if before not in (None, ranks):
         tqdm.write(

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -42,11 +43,16 @@ class RunDirectory:
         """Where the trainer keeps its checkpoints."""
         return self.path / CHECKPOINTS
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run was created here."""
+        return (self.path / CONFIG_FILE).exists()
+
     def check_free(self) -> None:
         """Raise :class:`RegrowError` if the directory holds anything already."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RegrowError(
-                f"{self.path} already holds {'a run' if (self.path / CONFIG_FILE).exists() else 'other files'}; "
+                f"{self.path} already holds {'a run' if self.begun else 'other files'}; "
                 "choose another --output, or continue a run with --resume"
             )
 
@@ -61,7 +67,9 @@ class RunDirectory:
         self.check_free()
         try:
             self.checkpoints.mkdir(parents=True)
-            (self.path / CONFIG_FILE).write_text(yaml.safe_dump(dict(config), sort_keys=False))
+            aside = self.path / f".{CONFIG_FILE}"
+            aside.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+            os.replace(aside, self.path / CONFIG_FILE)  # half a configuration would be another one
         except OSError as error:
             raise RegrowError(f"cannot write the run directory {self.path}: {error.strerror}") from None
 
@@ -73,11 +81,11 @@ class RunDirectory:
         """
         return read_yaml(self.path / CONFIG_FILE, "nothing to resume there; check --output")
 
-    def last_checkpoint(self) -> Path:
-        """The newest intact checkpoint; warns of newer ones that are damaged.
+    def last_checkpoint(self) -> Path | None:
+        """The newest intact checkpoint, None if there is none yet; warns of newer ones that are damaged.
 
         Raises:
-            RegrowError: there is none yet, or none is intact.
+            RegrowError: none is intact.
         """
         found = {
             int(match[1]): path
@@ -85,7 +93,7 @@ class RunDirectory:
             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
         }
         if not found:
-            raise RegrowError(f"{self.path} has no checkpoint yet; start it anew in another --output")
+            return None
         broken: list[str] = []
         for step in sorted(found, reverse=True):
             wrong = damage(found[step])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,7 +20,9 @@ from regrow.bert.evaluate import evaluate_pretraining
 from regrow.bert.global_batch import GlobalBatch
 from regrow.bert.run import RunDirectory
 from regrow.bert.stream import PairDataset
+from regrow.ranks import rank
 from regrow.training import RegrowCallback, SafeTrainer, UpdateRecord
+from regrow.training.fsdp import parameter_bytes
 from regrow.training.metrics import mean_record
 
 _SUMS = ("mlm_loss", "nsp_loss", "steps")
@@ -68,6 +71,16 @@ class PretrainingTrainer(SafeTrainer):
         finally:
             self._since += time.perf_counter() - self._stopped_at
             self._stopped_at = 0.0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        whole = parameter_bytes(self.model)
+        optimizer = super().create_optimizer(model)
+        if self.shard_units and rank() == 0:
+            tqdm.write(
+                f"process 0 keeps {parameter_bytes(self.model):,} of {whole:,} bytes of weights; likewise of gradients "
+                "and of each of the optimizer's moments"
+            )
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()

@@ -10,21 +10,25 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from regrow.bert.pretrain import PretrainConfig, PretrainResult, pretrain
+from regrow.bert.run import RunDirectory
 from regrow.cli.parser import INTERRUPTED, OneLineParser
 from regrow.cli.sources import add_sources, flags_of_files, read_sources, refuse_changes, saved_flags, value_of
 from regrow.methods import method_class
-from regrow.ranks import leave, rank
+from regrow.ranks import leave, rank, restarts
 
 
 def run(argv: Sequence[str]) -> int:
     asked, rest = read_sources(argv)
-    defaults = saved_flags(rest, PretrainConfig.output) if asked.resume else flags_of_files(asked)
-    flags = [*defaults, *rest]
+    given = rest if asked.resume else [*flags_of_files(asked), *rest]
+    run = RunDirectory(value_of("--output", given, default=PretrainConfig.output))
+    resume = asked.resume or (restarts() > 0 and run.begun)  # torchrun repeats the command as it was
+    saved = saved_flags(run) if resume else []
+    flags = [*saved, *given]
     parser = _parser(method_class(value_of("--method", flags, default="dynsparse")))
     config, method = _parse(parser, flags)
-    if asked.resume:
-        refuse_changes((config, method), _parse(parser, defaults))
-    result = pretrain(config, method, resume=asked.resume)
+    if resume:
+        refuse_changes((config, method), _parse(parser, saved))
+    result = pretrain(config, method, resume=resume)
     if rank() == 0:
         print(_describe(result))
     leave()

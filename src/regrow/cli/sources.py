@@ -48,10 +48,9 @@ def flags_of_files(asked: argparse.Namespace) -> list[str]:
     return flags
 
 
-def saved_flags(rest: Sequence[str], default_output: str) -> list[str]:
+def saved_flags(run: RunDirectory) -> list[str]:
     """The configuration of the run to resume, as flags."""
-    output = value_of("--output", rest, default=default_output)
-    return _as_flags(RunDirectory(output).read_config() | {"output": output})
+    return _as_flags(run.read_config() | {"output": run.path})
 
 
 def refuse_changes(asked: Sequence[Any], saved: Sequence[Any]) -> None:

@@ -49,6 +49,11 @@ class Method(ABC):
     exact_budget: ClassVar[bool] = True
     """A layer ends an update with exactly ``signals.n_after`` blocks; else it may lack less than one per block row."""
 
+    @property
+    def resizes(self) -> bool:
+        """Whether a layer may have another number of blocks after an update."""
+        return type(self).allocate is not Method.allocate or not self.exact_budget
+
     @abstractmethod
     def propose(self, signals: Signals) -> TopologyUpdate | None:
         """The blocks to move, or ``None`` to leave the layer alone. Must not change anything."""

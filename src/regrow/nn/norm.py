@@ -80,7 +80,8 @@ def dropout_add_norm(
         raise RegrowError(f"x is {list(x.shape)} and weight is {list(weight.shape)}; they must be [..., H] and [H]")
     rows = x.reshape(-1, weight.shape[0])
     to_add = None if residual is None else residual.reshape(rows.shape)
-    return kernels.dropout_add_norm(rows, to_add, weight, bias, eps, *draw_dropout(p, training)).view(x.shape)
+    y = kernels.dropout_add_norm(rows, to_add, weight, bias, eps, *draw_dropout(p, training))
+    return y if x.dim() == 2 else y.view(x.shape)  # FSDP warns of layers that return a view
 
 
 class DropoutAddNorm(nn.LayerNorm):

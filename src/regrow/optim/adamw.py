@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from regrow.errors import RegrowError
 from regrow.kernels import cpu
+from regrow.shards import own
 
 BLOCK_STEP = "block_step"
 
@@ -79,8 +80,9 @@ class AdamW(torch.optim.AdamW):
         """From now on ``parameter``'s blocks (its first dimension) count their own steps."""
         state = self.state.get(parameter, {})
         if self.block_steps and state and BLOCK_STEP not in state:
+            first = parameter.detach().reshape(parameter.shape[0], -1)[:, 0]  # shared out as the parameter is
             # float32: what load_state_dict makes of every entry of a float32 parameter
-            state[BLOCK_STEP] = torch.full((parameter.shape[0],), float(state["step"]), device=parameter.device)
+            state[BLOCK_STEP] = torch.full_like(first, float(state["step"]), dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,7 +107,8 @@ class AdamW(torch.optim.AdamW):
 
     def _step_blocks(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, lr, (beta1, beta2) = self.state[parameter], group["lr"], group["betas"]
-        mean, square, t = state["exp_avg"], state["exp_avg_sq"], state[BLOCK_STEP]
+        parameter, gradient = own(parameter), own(gradient)
+        mean, square, t = (own(state[name]) for name in ("exp_avg", "exp_avg_sq", BLOCK_STEP))
         state["step"] += 1
         t += 1
         size, root, keep = lr / (1 - beta1**t), (1 - beta2**t).rsqrt_(), 1 - lr * group["weight_decay"]

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from regrow.errors import RegrowError
 from regrow.optim.adamw import AdamW
+from regrow.shards import own, own_rows
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def reset_slots_(optimizer: Optimizer, parameter: Tensor, slots: Tensor) -> None
     if isinstance(optimizer, AdamW):
         optimizer.start_block_steps(parameter)
     for entry in _entries_by_block(optimizer, parameter, parameter.shape[0]).values():
-        entry[slots.to(entry.device)] = 0
+        own(entry)[own_rows(entry, slots.to(entry.device))] = 0
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from regrow.errors import RegrowError
 from regrow.methods import DenseLayoutMethod, Method, create
 from regrow.ranks import world_size
+from regrow.shards import is_sharded
 from regrow.training.checkpoint import TOPOLOGY_FILE, load_tensors
 from regrow.training.ddp import keep_indices_local
 from regrow.training.masked import MaskedTraining
 from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import Decay, UpdateSchedule
-from regrow.training.updater import TopologyUpdater
+from regrow.training.updater import TopologyUpdater, check_shardable
 
 
 class RegrowCallback(TrainerCallback):
@@ -78,6 +79,8 @@ class RegrowCallback(TrainerCallback):
         schedule = self.schedule(state.max_steps)
         model, method = kwargs["model"], create(self.method) if isinstance(self.method, str) else self.method
         if isinstance(method, DenseLayoutMethod):
+            if is_sharded(model):
+                check_shardable(method)
             self.updater = MaskedTraining(model, method, schedule=schedule, seed=self.seed)
             if state.global_step == 0:
                 self.updater.start()

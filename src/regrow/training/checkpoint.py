@@ -25,6 +25,7 @@ from transformers import set_seed
 
 from regrow.errors import RegrowError
 from regrow.ranks import gathered, rank, world_size
+from regrow.shards import shared_out, whole_on_first
 from regrow.training.seeds import mix
 
 TENSORS_FILE = "training_state.safetensors"
@@ -34,15 +35,25 @@ TOPOLOGY_FILE = "topology_state.safetensors"
 _KINDS = ("torch", "numpy", "python", "cuda")
 
 
+def whole_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()``, on rank 0 with all rows of every entry; all ranks must call this together."""
+    state = optimizer.state_dict()
+    entries = {
+        index: {name: whole_on_first(entry) if isinstance(entry, Tensor) else entry for name, entry in of_one.items()}
+        for index, of_one in state["state"].items()
+    }
+    return state | {"state": entries}
+
+
 def save_training_state(
-    folder: Path, optimizer: Optimizer, scheduler: Any, extra: dict[str, Any], random_states: dict[str, Tensor]
+    folder: Path, state: dict[str, Any], scheduler: Any, extra: dict[str, Any], random_states: dict[str, Tensor]
 ) -> None:
     """Write optimizer, scheduler and random states; ``extra`` is JSON the caller gets back.
 
     Args:
+        state: of :func:`whole_optimizer_state`.
         random_states: of :func:`gathered_random_states`.
     """
-    state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, entries in state["state"].items():
@@ -83,6 +94,8 @@ def load_training_state(folder: Path, optimizer: Optimizer, scheduler: Any) -> d
             continue
         index, _, name = rest.partition(".")
         _check_entry(folder, key, entry, parameters, index)
+        if isinstance(entry, Tensor):
+            entry = shared_out(entry, parameters[int(index)])
         state.setdefault(int(index), {})[name] = entry
     optimizer.load_state_dict({"state": state, "param_groups": saved})
     scheduler.load_state_dict(document["scheduler"] | {"lr_lambdas": [None] * len(scheduler.base_lrs)})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+
+from regrow.shards import whole
 
 OnNonfinite = Literal["stop", "skip"]
 
@@ -18,7 +19,7 @@ def is_finite(norm: object) -> bool:
         >>> is_finite(torch.tensor(1.0)), is_finite(float("nan"))
         (True, False)
     """
-    return norm is None or math.isfinite(float(norm))  # type: ignore[arg-type]
+    return norm is None or math.isfinite(float(whole(norm) if isinstance(norm, Tensor) else norm))  # type: ignore[arg-type]
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str:
@@ -33,6 +34,6 @@ def first_nonfinite_gradient(model: nn.Module) -> str:
         'weight'
     """
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not is_finite(nn.utils.get_total_norm([parameter.grad])):
             return name.removeprefix("module.")
     return "the loss"

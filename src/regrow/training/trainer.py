@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from regrow.errors import RegrowError
+from regrow.shards import is_sharded, whole, whole_state
 from regrow.training.callback import RegrowCallback
 from regrow.training.checkpoint import (
     damaged,
@@ -24,8 +27,10 @@ from regrow.training.checkpoint import (
     save_training_state,
     sync_folder,
     sync_path,
+    whole_optimizer_state,
 )
 from regrow.training.finite import OnNonfinite, first_nonfinite_gradient, is_finite
+from regrow.training.fsdp import shard
 from regrow.training.manifest import write_manifest
 
 WEIGHTS_FILE = "model.safetensors"
@@ -34,8 +39,13 @@ WEIGHTS_FILE = "model.safetensors"
 class SafeTrainer(Trainer):
     """A ``Trainer`` that writes a checkpoint aside and renames it when complete, in safetensors and JSON only.
 
-    Of several processes rank 0 writes, the random states of all included. Everything else is the ``Trainer``'s.
+    Of several processes rank 0 writes, the random states of all included, and all rows of what is shared out; so a
+    checkpoint does not tell how many there were. Everything else is the ``Trainer``'s.
     """
+
+    shard_units: Sequence[nn.Module] = ()
+    """Parts of the model, usually its layers, to be given to :func:`regrow.training.fsdp.shard` when training begins;
+    none for ``DistributedDataParallel``."""
 
     def extra_state(self) -> dict[str, Any]:
         """JSON a subclass wants saved with every checkpoint and handed back to :meth:`load_extra_state`."""
@@ -47,6 +57,12 @@ class SafeTrainer(Trainer):
     on_nonfinite: OnNonfinite = "stop"
     """Where a gradient is not finite: ``"stop"`` with a checkpoint, or ``"skip"`` the step."""
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.shard_units:  # by now a checkpoint's weights are in the model
+            shard(self.model, optimizer, self.shard_units)
+        return optimizer
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -54,7 +70,7 @@ class SafeTrainer(Trainer):
             self._refuse_step(first_nonfinite_gradient(model), parameters)
         elif self.args.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-        return norm
+        return whole(norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return super()._get_grad_norm(model, self._clip_grad_norm(model) if grad_norm is None else grad_norm)
@@ -73,16 +89,20 @@ class SafeTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        random_states = gathered_random_states()  # of all ranks, so all take part
+        # What the ranks hold together, they collect together.
+        model_state = whole_state(self.model) if is_sharded(self.model) else None
+        optimizer_state, random_states = whole_optimizer_state(self.optimizer), gathered_random_states()
         if self.args.should_save:
-            self._write_checkpoint(random_states)
+            self._write_checkpoint(model_state, optimizer_state, random_states)
 
-    def _write_checkpoint(self, random_states: dict[str, Tensor]) -> None:
+    def _write_checkpoint(
+        self, model_state: dict[str, Tensor] | None, optimizer_state: dict[str, Any], random_states: dict[str, Tensor]
+    ) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        self._save(str(partial))
-        save_training_state(partial, self.optimizer, self.lr_scheduler, self.extra_state(), random_states)
+        self._save(str(partial), model_state)
+        save_training_state(partial, optimizer_state, self.lr_scheduler, self.extra_state(), random_states)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RegrowCallback):
                 callback.save_state(partial)
@@ -93,6 +113,9 @@ class SafeTrainer(Trainer):
         os.replace(partial, folder)
         sync_path(folder.parent)
         rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir, whole_state(self.model) if is_sharded(self.model) else None)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

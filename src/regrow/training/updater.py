@@ -15,6 +15,7 @@ from regrow.nn import BlockSparseLinear, named_sparse_layers
 from regrow.nn.layout import record_layout
 from regrow.optim import check_optimizer, reset_slots_, resize_slots_
 from regrow.optim.state import resized
+from regrow.shards import is_sharded, own, own_rows, whole
 from regrow.topology import ExploredPositions, TopologyUpdate
 from regrow.training.agreement import check_agreement
 from regrow.training.capture import GradientCapture
@@ -91,7 +92,11 @@ class TopologyUpdater:
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.schedule, self.seed = schedule, seed
         self.method = create(method) if isinstance(method, str) else method
+        self._values = {name: layer.values for name, layer in self.layers.items()}
+        """As the optimizer knows them: while it computes, a layer of a sharded model has all rows instead."""
         self._group_index = self._group_of_each_layer()
+        if is_sharded(self.model):
+            check_shardable(self.method)
         check_trainable(self.layers, self.optimizer, self.method, schedule)
         self.n_steps = 0
         self.last_update_step = _NEVER
@@ -107,7 +112,7 @@ class TopologyUpdater:
         self.n_steps += 1
         for name, layer in self.layers.items():
             lr = self.optimizer.param_groups[self._group_index[name]]["lr"]
-            self.method.regularise_(layer.values.data, lr)
+            self.method.regularise_(own(layer.values.data), lr)
         if not self.schedule.is_update(self.n_steps):
             self._prepare()
             return []
@@ -183,8 +188,10 @@ class TopologyUpdater:
         check_agreement({name: layer.topology.indices() for name, layer in self.layers.items()}, when)
 
     def _decide_targets(self) -> None:
-        step = self.n_steps + (self._capture is not None)
-        targets = self.method.allocate({name: self._signals(name, step) for name in self.layers})
+        targets = {name: layer.topology.n_blocks for name, layer in self.layers.items()}
+        if self.method.resizes:
+            step = self.n_steps + (self._capture is not None)
+            targets = self.method.allocate({name: self._signals(name, step) for name in self.layers})
         self._targets = {
             name: target
             for name, target in targets.items()
@@ -200,16 +207,17 @@ class TopologyUpdater:
 
     def _signals(self, name: str, step: int) -> Signals:
         layer, history = self.layers[name], self._history[name]
-        state = self.optimizer.state.get(layer.values, {})
+        state = self.optimizer.state.get(self._values[name], {})
+        momentum = state.get("exp_avg", state.get("momentum_buffer"))
         return Signals(
-            layer.values.data,
+            whole(layer.values.data),
             layer.topology,
             self.schedule.fraction(step),
             torch.Generator().manual_seed(mix(self.seed, step, name)),
             progress=step / self.schedule.total_steps,
             start_blocks=history.start_blocks,
             explored=history.explored,
-            momentum=state.get("exp_avg", state.get("momentum_buffer")),
+            momentum=None if momentum is None else whole(momentum),
         )
 
     def _apply(self, name: str, update: TopologyUpdate) -> UpdateRecord:
@@ -223,6 +231,7 @@ class TopologyUpdater:
         keys = layer.topology.keys()
         history.explored.add(keys)
         if update.growth:
+            self._values[name] = layer.values
             record_layout(self.model, self.layers)
         return UpdateRecord(
             step=self.n_steps,
@@ -264,6 +273,16 @@ def check_trainable(
         check_optimizer(optimizer)
 
 
+def check_shardable(method: Method) -> None:
+    """Raise :class:`RegrowError` if parameters cannot be shared out between updates of this method."""
+    if method.dense_layout or method.resizes:
+        why = "masks dense weights" if method.dense_layout else "changes how many blocks a layer has"
+        raise RegrowError(
+            f"method {method.name!r} {why}, which parameters that are shared out cannot follow; train it with "
+            "DistributedDataParallel (--parallel ddp), or choose another method"
+        )
+
+
 @torch.no_grad()
 def apply_update(layer: BlockSparseLinear, update: TopologyUpdate, optimizer: Optimizer | None = None) -> Tensor:
     """Carry out an update: blocks that come start with zero values and optimizer state, all others stay bitwise as is.
@@ -275,7 +294,7 @@ def apply_update(layer: BlockSparseLinear, update: TopologyUpdate, optimizer: Op
     if optimizer is not None:  # first: it may refuse, and then nothing has changed
         reset_slots_(optimizer, layer.values, moved)
     kept = layer.topology.reallocate(update)
-    layer.values[moved] = 0
+    own(layer.values)[own_rows(layer.values, moved)] = 0
     if update.growth:
         # A new parameter: autograd remembers the shape of the old one for as long as any graph that used it lives.
         old, layer.values = layer.values, nn.Parameter(resized(layer.values.data, kept, max(update.growth, 0)))
