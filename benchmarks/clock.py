@@ -1,20 +1,23 @@
-"""The paper's losses on this machine's clock: seconds of sparse over seconds of dense at equal loss.
+"""Losses on this machine's clock: seconds of sparse over seconds of dense at equal loss.
 
     python benchmarks/clock.py benchmarks/step-*.json
+    python benchmarks/clock.py --records studies/cpu benchmarks/step-2-*.json
 
-Loss per model from Dietrich et al. 2021 (arXiv 2108.06277, Fig. 8 and appendix A), seconds per training step from
-``regrow bench step --size SIZE --blocks 4,1 --json FILE``. All models of the paper train for the same number of steps,
-so the ratio of step times is that of trainings. The dense family is interpolated between its sizes, in the logarithm of
-the seconds; "fused" is the same family with this library's fused operations.
+Seconds per training step come from ``regrow bench step --size SIZE --blocks 4,1 --json FILE``; losses from Dietrich et
+al. 2021 (arXiv 2108.06277, Fig. 8 and appendix A), or from records of runs. All models of a comparison train for the
+same number of steps, so the ratio of step times is that of trainings. The dense family is interpolated between its
+sizes, in the logarithm of the seconds; "fused" is the same family with this library's fused operations.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
+from regrow.study.analysis import configurations
 from regrow.study.pareto import reduction_at_equal_loss
+from regrow.study.runs import read_runs
 
 DENSE_LOSS = {"mini": 2.606, "small": 2.310, "medium": 2.115, "base": 1.843}
 SPARSE_LOSS = {  # by size and block edge, 90% sparse
@@ -23,28 +26,54 @@ SPARSE_LOSS = {  # by size and block edge, 90% sparse
 }
 
 
-def main(paths: list[str]) -> None:
+Losses = tuple[dict[str, float], dict[str, dict[int, float]]]
+"""Of dense models by size, of sparse ones by size and block edge."""
+
+
+def main() -> None:
     """Print the table."""
-    steps = [json.loads(Path(path).read_text()) for path in paths]
-    of = {step["config"]["size"]: step for step in steps if _whole(step["config"])}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="+", type=Path, help="files of regrow bench step")
+    parser.add_argument("--records", type=Path, help="folder of runs to take losses from, instead of the paper's")
+    asked = parser.parse_args()
+    dense, sparse = (DENSE_LOSS, SPARSE_LOSS) if asked.records is None else losses_of(asked.records)
+    of = {(step := json.loads(path.read_text()))["config"]["size"]: step for path in asked.steps if _whole(path)}
     families = {
-        name: [(of[size][f"{name}_seconds"], loss) for size, loss in DENSE_LOSS.items() if size in of]
+        name: [(of[size][f"{name}_seconds"], loss) for size, loss in dense.items() if size in of]
         for name in ("dense", "dense_fused")
     }
-    print("| size | block | seconds a step | over dense at equal loss | over dense, fused |\n|---|---|---|---|---|")
-    for size, losses in SPARSE_LOSS.items():
-        if size not in of:
+    print("| size | block | loss | seconds a step | over dense at equal loss | over dense, fused |")
+    print("|---" * 6 + "|")
+    for size in (size for size in sparse if size in of):
+        seconds = {of[size]["config"]["block_size"]: of[size]["sparse_seconds"]}
+        seconds |= {int(block): value for block, value in of[size]["by_block"].items()}
+        for block, loss in sorted(sparse[size].items(), reverse=True):
+            if block in seconds:
+                ratios = [
+                    _shown(reduction_at_equal_loss((seconds[block], loss), family)) for family in families.values()
+                ]
+                print(f"| {size} | {block} | {loss:.3f} | {seconds[block]:.4f} | {' | '.join(ratios)} |")
+
+
+def losses_of(folder: Path) -> Losses:
+    """Mean held-out losses of dense runs, and of DynSparse at 90% sparsity with the options a study has by default."""
+    dense: dict[str, float] = {}
+    sparse: dict[str, dict[int, float]] = {}
+    plain = {"n_updates": 40, "drop_fraction": 0.5, "lr_scale": 0.5, "norm": "l1", "group_lasso": 0.0}
+    for c in configurations(read_runs([folder])[0]):
+        if c.loss is None or any(c.get(name) not in (value, None) for name, value in plain.items()):
             continue
-        seconds = {16: of[size]["sparse_seconds"], **{int(b): s for b, s in of[size]["by_block"].items()}}
-        for block, loss in losses.items():
-            point = seconds[block], loss
-            ratios = [reduction_at_equal_loss(point, families[name]) for name in families]
-            print(f"| {size} | {block} | {point[0]:.3f} | {' | '.join(map(_shown, ratios))} |")
+        if c.first.dense:
+            dense[c.get("size")] = c.loss.mean
+        elif c.get("method") == "dynsparse" and c.sparsity == 0.9:
+            sparse.setdefault(c.get("size"), {})[c.get("block_size")] = c.loss.mean
+    return dense, sparse
 
 
-def _whole(config: dict) -> bool:
-    """A whole step of one size, as the paper trains it."""
-    return config["dense_size"] is None and not config["encoder_only"] and config["block_size"] == 16
+def _whole(path: Path) -> bool:
+    """A whole step of one size."""
+    config = json.loads(path.read_text())["config"]
+    return config["dense_size"] is None and not config["encoder_only"]
 
 
 def _shown(ratio: float | None) -> str:
@@ -52,4 +81,4 @@ def _shown(ratio: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
