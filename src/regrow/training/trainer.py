@@ -15,10 +15,12 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from regrow.errors import RegrowError
+from regrow.training import checks
 from regrow.training.callback import RegrowCallback
 from regrow.training.checkpoint import (
     damaged,
     gathered_random_states,
+    load_json,
     load_random_state,
     load_training_state,
     save_training_state,
@@ -28,7 +30,7 @@ from regrow.training.checkpoint import (
 from regrow.training.finite import OnNonfinite, first_nonfinite_gradient, is_finite
 from regrow.training.manifest import write_manifest
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, TRAINER_FILE = "model.safetensors", "trainer_state.json"
 
 
 class SafeTrainer(Trainer):
@@ -72,10 +74,16 @@ class SafeTrainer(Trainer):
             "rate or raise the warm-up, or resume with --on_nonfinite skip to leave such steps out"
         )
 
+    _saved: tuple[object, int] = (None, 0)
+    """State of the training (each has its own) and step of the last checkpoint that was written or loaded."""
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._saved[1] == self.state.global_step and self._saved[0] is self.state:
+            return  # to write it again would first delete it
         random_states = gathered_random_states()  # of all ranks, so all take part
         if self.args.should_save:
             self._write_checkpoint(random_states)
+        self._saved = self.state, self.state.global_step
 
     def _write_checkpoint(self, random_states: dict[str, Tensor]) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -86,7 +94,7 @@ class SafeTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RegrowCallback):
                 callback.save_state(partial)
-        self.state.save_to_json(str(partial / "trainer_state.json"))
+        self.state.save_to_json(str(partial / TRAINER_FILE))
         write_manifest(partial)
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -103,7 +111,13 @@ class SafeTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / WEIGHTS_FILE
+        path, state = (Path(resume_from_checkpoint) / name for name in (WEIGHTS_FILE, TRAINER_FILE))
+        number = path.parent.name.rpartition("-")[2]
+        step = int(number) if number.isdecimal() else None
+        if wrong := checks.wrong_trainer_state(load_json(state), step, self.args):
+            raise damaged(state, wrong)
+        if wrong := checks.wrong_weights(path, (model or self.model).state_dict()):
+            raise damaged(path, wrong)
         try:
             load_model(model or self.model, path)  # knows tied weights; validates indices on the way
         except RegrowError as error:
@@ -117,6 +131,7 @@ class SafeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.load_extra_state(load_training_state(Path(checkpoint), self.optimizer, self.lr_scheduler))
+            self._saved = self.state, self.state.global_step
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
