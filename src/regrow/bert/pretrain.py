@@ -22,7 +22,7 @@ from regrow.bert.data import prepare_splits
 from regrow.bert.fused import Fusions
 from regrow.bert.masking import WholeWordMasker
 from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stored_bytes
-from regrow.bert.run import RunDirectory
+from regrow.bert.run import RunDirectory, writing
 from regrow.bert.sizes import bert_config, size_named
 from regrow.bert.stream import PairDataset
 from regrow.bert.tokenizer import TOKENIZER_FORMAT, load_tokenizer, train_wordpiece
@@ -47,7 +47,7 @@ _PREDICTED = 20 / 128
 """Most positions predicted, as a share of the length: BERT's 20 of 128."""
 
 
-MAY_CHANGE = ("on_nonfinite", "parallel")
+MAY_CHANGE = ("on_nonfinite", "parallel", "workers")
 """Options that a resumed run may be given anew."""
 
 
@@ -257,7 +257,8 @@ def pretrain(
     if not resume:
         run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
     if checkpoint is None and rank() == 0:
-        tokenizer.save_pretrained(run.path)
+        with writing(f"the run directory {run.path}", "choose another --output"):
+            tokenizer.save_pretrained(run.path)
         if resume:
             tqdm.write(f"{run.path} has no checkpoint yet: it begins anew")
     topology = None if config.dense else _topology(config, method)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from regrow.training.metrics import mean_record
 
 CONFIG_FILE, METRICS_FILE, TOPOLOGY_LOG = "regrow.yaml", "metrics.jsonl", "topology.jsonl"
 CHECKPOINTS = "checkpoints"
+GO_ON = "free space or make it writable, and go on with --resume"
 
 
 class RunDirectory:
@@ -65,13 +68,11 @@ class RunDirectory:
         if rank() > 0:
             return
         self.check_free()
-        try:
+        with writing(f"the run directory {self.path}", "choose another --output"):
             self.checkpoints.mkdir(parents=True)
             aside = self.path / f".{CONFIG_FILE}"
             aside.write_text(yaml.safe_dump(dict(config), sort_keys=False))
             os.replace(aside, self.path / CONFIG_FILE)  # half a configuration would be another one
-        except OSError as error:
-            raise RegrowError(f"cannot write the run directory {self.path}: {error.strerror}") from None
 
     def read_config(self) -> dict[str, Any]:
         """The configuration of the run that is here.
@@ -87,11 +88,7 @@ class RunDirectory:
         Raises:
             RegrowError: none is intact.
         """
-        found = {
-            int(match[1]): path
-            for path in self.checkpoints.glob("checkpoint-*")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-        }
+        found = self._checkpoints()
         if not found:
             return None
         broken: list[str] = []
@@ -105,12 +102,30 @@ class RunDirectory:
         raise RegrowError(f"{'; '.join(broken)}: no checkpoint is intact; start the run anew in another --output")
 
     def rewind(self, step: int) -> None:
-        """Drop log lines after ``step``: a killed run may have logged beyond its last checkpoint."""
+        """Drop what a killed run left beyond the checkpoint of ``step``: log lines, half and damaged checkpoints.
+
+        Raises:
+            RegrowError: the directory cannot be written.
+        """
+        if rank() > 0:
+            return
+        self.drop_partial()
+        for number, checkpoint in self._checkpoints().items():
+            if number > step:  # or rotation would keep it for the newest
+                shutil.rmtree(checkpoint, ignore_errors=True)
         for name in (METRICS_FILE, TOPOLOGY_LOG):
             path = self.path / name
-            if path.exists() and rank() == 0:
+            if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                path.write_text("".join(line + "\n" for line in kept))
+                aside = path.with_name(f".partial-{name}")
+                with writing(str(path)):
+                    aside.write_text("".join(line + "\n" for line in kept))
+                    os.replace(aside, path)  # killed meanwhile, the whole log is still there
+
+    def drop_partial(self) -> None:
+        """Delete checkpoints that were never finished: they are of no use but take space."""
+        for partial in self.checkpoints.glob(".partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every complete line of ``metrics.jsonl``."""
@@ -130,6 +145,13 @@ class RunDirectory:
         means = {f"update_{name}": value for name, value in mean_record(records).items()}
         self.log_metrics({"step": records[0].step, **totals, **means})
 
+    def _checkpoints(self) -> dict[int, Path]:
+        return {
+            int(match[1]): path
+            for path in self.checkpoints.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d{1,18})", path.name))
+        }
+
     def _read(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name
         lines = path.read_text().splitlines() if path.exists() else []
@@ -138,8 +160,34 @@ class RunDirectory:
     def _append(self, name: str, entries: list[Any]) -> None:
         if rank() > 0:
             return
-        with (self.path / name).open("a") as file:
+        path, step = self.path / name, dict(entries[-1]).get("step")
+        with writing(str(path), f"the run stopped at step {step}; {GO_ON}"), path.open("a") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+@contextmanager
+def writing(what: str, advice: str = GO_ON) -> Iterator[None]:
+    """Say in one line what could not be written, and why.
+
+    safetensors and tokenizers have no type of their own for what the system refuses; they quote it.
+
+    Raises:
+        RegrowError: instead of the system's error.
+
+    Example:
+        >>> with writing("model.safetensors", "free space"):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        regrow.errors.RegrowError: cannot write model.safetensors: No space left on device; free space
+    """
+    try:
+        yield
+    except Exception as error:
+        quoted = re.search(r"([^:]+) \(os error \d+\)", str(error))
+        if quoted is None and not isinstance(error, OSError):
+            raise
+        why = quoted[1].strip() if quoted else getattr(error, "strerror", None) or error
+        raise RegrowError(f"cannot write {what}: {why}; {advice}") from None
 
 
 def read_yaml(path: Path, hint: str = "check the path") -> dict[str, Any]:
@@ -161,6 +209,6 @@ def read_yaml(path: Path, hint: str = "check the path") -> dict[str, Any]:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):  # a line cut short by a kill
         return float("inf")

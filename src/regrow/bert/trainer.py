@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from regrow.bert.evaluate import evaluate_pretraining
 from regrow.bert.global_batch import GlobalBatch
-from regrow.bert.run import RunDirectory
+from regrow.bert.run import GO_ON, RunDirectory, writing
 from regrow.bert.stream import PairDataset
-from regrow.ranks import rank
+from regrow.errors import RegrowError
+from regrow.ranks import rank, world_size
 from regrow.training import RegrowCallback, SafeTrainer, UpdateRecord
+from regrow.training.checkpoint import JSON_FILE, damaged, load_json
+from regrow.training.checks import is_count, is_number
 from regrow.training.fsdp import parameter_bytes
 from regrow.training.metrics import mean_record
 
@@ -113,6 +118,15 @@ class PretrainingTrainer(SafeTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         return None  # the loss is a mean over the batch; the Trainer divides it by the accumulation steps
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            reason = _lost_process(error)
+            if reason is None:
+                raise
+            raise RegrowError(f"{reason}; the run stopped after step {self.state.global_step}") from None
+
     def extra_state(self) -> dict[str, Any]:
         return {"sums": self.sums, "totals": self._totals()}
 
@@ -120,9 +134,28 @@ class PretrainingTrainer(SafeTrainer):
         self.sums = {name: float(state["sums"][name]) for name in _SUMS}
         self._before |= state.get("totals", {})
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            path = Path(checkpoint) / JSON_FILE
+            if wrong := _wrong_extra(load_json(path).get("extra")):
+                raise damaged(path, wrong)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
+            raise damaged(path, f"scheduler.last_epoch is {self.lr_scheduler.last_epoch}")
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._clock_stopped():
-            super()._save_checkpoint(model, trial)
+        step = self.state.global_step
+        what = f"the checkpoint {self.run.checkpoints / f'checkpoint-{step}'}"
+        try:
+            with self._clock_stopped(), writing(what, f"the run stopped at step {step}; {GO_ON}"):
+                super()._save_checkpoint(model, trial)
+        except RegrowError:
+            self.run.drop_partial()
+            raise
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with writing(f"the model in {self.run.path}"):
+            super().save_model(*args, **kwargs)
 
     def _log_updates(self, records: list[UpdateRecord]) -> None:
         self.run.log_updates(records, self._totals())
@@ -162,6 +195,35 @@ class PretrainingTrainer(SafeTrainer):
         self._before = self._totals()
         self._start_clock()
         return {"loss": mlm + nsp, "mlm_loss": mlm, "nsp_loss": nsp, **speed}
+
+
+def _wrong_extra(extra: Any) -> str | None:
+    """What of ``extra`` this trainer could not have written. Losses may be infinite where such steps are skipped."""
+    if not isinstance(extra, dict):
+        return "extra is missing"
+    sums, totals = extra.get("sums"), extra.get("totals", {"tokens": 0, "seconds": 0.0})
+    if not isinstance(sums, dict) or sums.keys() != set(_SUMS) or any(type(x) is not float for x in sums.values()):
+        return "extra.sums are no sums of losses"
+    if not is_number(sums["steps"], 0):
+        return f"extra.sums.steps is {sums['steps']}"
+    if not isinstance(totals, dict) or totals.keys() != {"tokens", "seconds"}:
+        return "extra.totals are not tokens and seconds"
+    if not is_count(totals["tokens"]) or not is_number(totals["seconds"], 0):
+        return "extra.totals are no tokens and seconds that a run has"
+    return None
+
+
+def _lost_process(error: RuntimeError) -> str | None:
+    """Which process was lost and what to do, if an error says that one was."""
+    text = str(error)
+    if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", text):
+        return (
+            "a process that prepares batches was killed (out of memory?): lower --workers, or prepare between steps "
+            "with --workers 0, and go on with --resume"
+        )
+    if world_size() > 1 and re.search(r"[Cc]onnection (closed|reset|refused)|Broken pipe", text):
+        return "another process of this training has ended, and said why; start all of them again with --resume"
+    return None
 
 
 def _stand_apart(then: Callable[[int], None], worker: int) -> None:

@@ -130,7 +130,10 @@ class BlockSparseLinear(nn.Module):
         if values is not None and slot is not None and not self.values.is_meta:
             fits = values.shape[1:] == self.values.shape[1:] and values.shape[:1] == slot.shape
             if fits and slot.shape != self.topology.slot.shape:
-                self.topology.resize(len(slot))
+                try:
+                    self.topology.resize(len(slot))
+                except RegrowError as error:
+                    raise RegrowError(f"{prefix}topology: {error}") from None
                 self.values.data = self.values.new_empty(values.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -196,7 +196,11 @@ class BlockTopology(nn.Module):
             if loaded is not None and loaded.is_floating_point():
                 raise RegrowError(f"{prefix}{name} must hold integers, got {loaded.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if all(prefix + name in state_dict for name in _BUFFERS) and not self.slot.is_meta:
+        fits = all(  # what does not is missing or a size mismatch, which torch reports
+            prefix + name in state_dict and state_dict[prefix + name].shape == getattr(self, name).shape
+            for name in _BUFFERS
+        )
+        if fits and not self.slot.is_meta:
             try:
                 self.validate()
             except RegrowError as error:

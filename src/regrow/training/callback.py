@@ -88,7 +88,11 @@ class RegrowCallback(TrainerCallback):
             self.updater = TopologyUpdater(model, kwargs["optimizer"], method, schedule=schedule, seed=self.seed)
         if state.global_step > 0:
             checkpoint = _checkpoint_folder(args, state)
-            self.updater.load_state_dict(load_tensors(checkpoint / TOPOLOGY_FILE))
+            tensors = load_tensors(checkpoint / TOPOLOGY_FILE)
+            try:
+                self.updater.load_state_dict(tensors)
+            except RegrowError as error:
+                raise RegrowError(f"{checkpoint / TOPOLOGY_FILE}: {error}") from None
             if self.updater.n_steps != state.global_step:
                 raise RegrowError(f"{checkpoint / TOPOLOGY_FILE} is of step {self.updater.n_steps}, not of this one")
 

@@ -13,7 +13,7 @@ import json
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from transformers import set_seed
 from regrow.errors import RegrowError
 from regrow.ranks import gathered, rank, world_size
 from regrow.shards import shared_out, whole_on_first
+from regrow.training import checks
 from regrow.training.seeds import mix
 
 TENSORS_FILE = "training_state.safetensors"
@@ -78,14 +79,19 @@ def load_training_state(folder: Path, optimizer: Optimizer, scheduler: Any) -> d
     """Restore what :func:`save_training_state` wrote, random state apart; returns ``extra``.
 
     Raises:
-        RegrowError: a file is missing, truncated, or belongs to another model or optimizer.
+        RegrowError: a file is missing, truncated, belongs to another model or optimizer, or holds what no run writes.
     """
     tensors, document = load_tensors(folder / TENSORS_FILE), load_json(folder / JSON_FILE)
     expected = optimizer.state_dict()["param_groups"]
     saved = document.get("param_groups")
-    if not isinstance(saved, list) or [g.get("params") for g in saved] != [g["params"] for g in expected]:
+    if not _are_groups(saved) or [g.get("params") for g in saved] != [g["params"] for g in expected]:
         raise RegrowError(f"{folder / JSON_FILE}: its parameter groups are not this run's; resume with the same config")
     state: dict[int, dict[str, Any]] = {}
+    wrong = _wrong_document(document) or checks.wrong_groups(saved, expected)
+    wrong = wrong or checks.wrong_schedule(document.get("scheduler"), scheduler, saved)
+    if wrong:
+        raise damaged(folder / JSON_FILE, wrong)
+    steps = document["scheduler"].get("last_epoch")
     entries = {**tensors, **document["optimizer_numbers"]}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, entry in entries.items():
@@ -93,10 +99,16 @@ def load_training_state(folder: Path, optimizer: Optimizer, scheduler: Any) -> d
         if kind != "optimizer":
             continue
         index, _, name = rest.partition(".")
-        _check_entry(folder, key, entry, parameters, index)
+        _check_index(folder, key, index, len(parameters))
+        wrong = checks.wrong_state(name, entry, parameters[int(index)], _unwrapped(optimizer), steps)
+        if wrong:
+            raise damaged(folder / (TENSORS_FILE if isinstance(entry, Tensor) else JSON_FILE), f"{key} {wrong}")
         if isinstance(entry, Tensor):
             entry = shared_out(entry, parameters[int(index)])
         state.setdefault(int(index), {})[name] = entry
+    for number, found in state.items():
+        if lacking := checks.lacking_state(set(found), _unwrapped(optimizer)):
+            raise damaged(folder / TENSORS_FILE, f"optimizer.{number}.{lacking} is missing")
     optimizer.load_state_dict({"state": state, "param_groups": saved})
     scheduler.load_state_dict(document["scheduler"] | {"lr_lambdas": [None] * len(scheduler.base_lrs)})
     return document["extra"]
@@ -112,13 +124,23 @@ def load_random_state(folder: Path) -> None:
     """Put the random generators of torch, numpy and Python where the checkpoint left those of this rank.
 
     A rank that the checkpoint does not know begins anew, from a seed that rank 0's state gives it.
+
+    Raises:
+        RegrowError: a state is missing, or none that a generator can have.
     """
-    tensors, own = load_tensors(folder / TENSORS_FILE), rank()
-    known = own < ranks_of(folder)
+    tensors, own, ranks = load_tensors(folder / TENSORS_FILE), rank(), ranks_of(folder)
+    known = own < ranks
+    for of_rank in {own if known else 0, ranks - 1}:
+        if wrong := checks.wrong_random(tensors, {kind: _random_key(kind, of_rank) for kind in _KINDS}):
+            raise damaged(folder / TENSORS_FILE, wrong)
     state = {name: tensors[key] for name in _KINDS if (key := _random_key(name, own if known else 0)) in tensors}
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    try:
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+    except (RuntimeError, TypeError) as error:
+        key = _random_key("torch", own if known else 0)
+        raise damaged(folder / TENSORS_FILE, f"{key}: {str(error).splitlines()[0]}") from None
     words, position = state["numpy"][:-1], state["numpy"][-1]
     np.random.set_state(("MT19937", words.numpy().astype(np.uint32), int(position), 0, 0.0))
     version, *internal = state["python"].tolist()
@@ -133,8 +155,15 @@ def seed_rank(seed: int) -> None:
 
 
 def ranks_of(folder: Path) -> int:
-    """How many processes wrote a checkpoint together."""
-    return int(load_json(folder / JSON_FILE).get("ranks", 1))
+    """How many processes wrote a checkpoint together.
+
+    Raises:
+        RegrowError: the file is missing or damaged.
+    """
+    ranks = load_json(folder / JSON_FILE).get("ranks", 1)
+    if not checks.is_count(ranks) or ranks == 0:
+        raise damaged(folder / JSON_FILE, "ranks is no number of processes")
+    return ranks
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -157,7 +186,7 @@ def load_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise damaged(path, error) from None
     if not isinstance(document, dict):
         raise damaged(path, "it holds no JSON object")
@@ -186,11 +215,23 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_entry(folder: Path, key: str, entry: Any, parameters: list[Tensor], index: str) -> None:
-    known = index.isdigit() and int(index) < len(parameters)
-    if known and isinstance(entry, Tensor) and entry.numel() != 1:
-        known = entry.shape[0] == parameters[int(index)].shape[0]
-    if not known:
+def _are_groups(saved: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(saved, list) and all(isinstance(group, dict) for group in saved)
+
+
+def _wrong_document(document: dict[str, Any]) -> str | None:
+    for name in ("optimizer_numbers", "extra"):
+        if not isinstance(document.get(name), dict):
+            return f"{name} is missing or no JSON object"
+    return None
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # transformers' Trainer hands over a wrapper
+
+
+def _check_index(folder: Path, key: str, index: str, n_parameters: int) -> None:
+    if len(index) > 9 or not index.isdecimal() or index != str(int(index)) or int(index) >= n_parameters:
         raise RegrowError(f"{folder / TENSORS_FILE}: {key} fits no parameter of this model")
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from regrow.shards import whole
 
 OnNonfinite = Literal["stop", "skip"]
+_LONG_ROW = 64
 
 
 def is_finite(norm: object) -> bool:
@@ -20,6 +23,22 @@ def is_finite(norm: object) -> bool:
         (True, False)
     """
     return norm is None or math.isfinite(float(whole(norm) if isinstance(norm, Tensor) else norm))  # type: ignore[arg-type]
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    r"""Euclidean norm of all gradients together, added up row by row where rows are long.
+
+    :math:`\sqrt{\sum_g \sum_{ij} g_{ij}^2}`. On a CPU torch adds up the squares of a whole tensor in few float32 sums:
+    for the word embedding of BERT-Base the norm is off by 0.1%, and two halves of it do not make the same whole.
+
+    Example:
+        >>> gradient_norm([torch.full((2, 128), 1.0), torch.tensor([12.0])])
+        tensor(20.)
+    """
+    parts = [g.flatten(1) if g.dim() > 1 else g for g in gradients]
+    return nn.utils.get_total_norm(
+        [torch.linalg.vector_norm(g, dim=1) if g.dim() > 1 and g.shape[1] >= _LONG_ROW else g for g in parts]
+    )
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str:

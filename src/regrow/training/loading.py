@@ -7,8 +7,11 @@ have arrived validates every index. Nothing from a file reaches a kernel uncheck
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -18,13 +21,16 @@ from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, named_sparse_layers
 from regrow.nn.layout import FORMAT_VERSION, QUANT_METHOD
 from regrow.topology.blocks import check_counts
+from regrow.training.checks import header, wrong_type
 
 
 @register_quantization_config(QUANT_METHOD)
 class RegrowConfig(QuantizationConfigMixin):
     """The layout :func:`regrow.nn.layout.layout` wrote, as transformers wants to hold it."""
 
-    def __init__(self, layers: dict[str, dict[str, int]], format_version: int = FORMAT_VERSION, **unknown: Any) -> None:
+    def __init__(
+        self, layers: dict[str, dict[str, int]] | None = None, format_version: int = FORMAT_VERSION, **unknown: Any
+    ) -> None:
         unknown.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise RegrowError(
@@ -45,11 +51,16 @@ class RegrowLoader(HfQuantizer):
 
     quantization_config: RegrowConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
         for name, entry in self.quantization_config.layers.items():
             found, dense = _find_linear(model, name)
             parent, _, leaf = found.rpartition(".")
             setattr(model.get_submodule(parent), leaf, _skeleton(name, dense, entry))
+        for path in checkpoint_files or ():
+            if str(path).endswith(".safetensors"):
+                _check_file(Path(path), model, self.quantization_config.layers)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -81,6 +92,28 @@ def _is_layer_entry(entry: object) -> bool:
         and entry.keys() == {"block_size", "n_blocks"}
         and all(type(number) is int for number in entry.values())
     )
+
+
+def _check_file(path: Path, model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Look at the header of a weights file: transformers converts types, and passes over what it does not know."""
+    try:
+        found = header(path)
+    except (SafetensorError, OSError) as error:
+        raise RegrowError(f"{path} is damaged ({error})") from None
+    expected, prefix = model.state_dict(), f"{getattr(model, 'base_model_prefix', '')}."
+    for name, (dtype, shape) in found.items():
+        layer, _, part = name.partition(".topology.")
+        if part and layer not in layers:
+            raise RegrowError(f"{path}: {name} belongs to no sparse layer that config.json lists")
+        known = (expected[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in expected)
+        tensor = next(known, None)
+        if tensor is None:
+            continue
+        wrong = wrong_type(dtype, tensor, exact=False)
+        if (part or name.removesuffix(".values") in layers) and list(tensor.shape) != shape:
+            wrong = f"must be {list(tensor.shape)} by config.json, not {shape}"
+        if wrong:
+            raise RegrowError(f"{path}: {name} {wrong}")
 
 
 def _find_linear(model: nn.Module, name: str) -> tuple[str, nn.Linear]:

@@ -40,11 +40,12 @@ def damage(folder: Path) -> str | None:
         expected = {str(name): (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is damaged (missing)"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         return f"{MANIFEST_FILE} is damaged ({error})"
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     for name, (size, checksum) in expected.items():
         path = folder / name
-        if path.parent != folder or not path.is_file():
+        if name not in present:
             return f"{name} is damaged (missing)"
         found = path.stat().st_size
         if found != size:

@@ -84,10 +84,14 @@ class MaskedTraining:
             RegrowError: the state belongs to another kind of training.
         """
         counters = state.get("counters")
-        if counters is None or counters.shape != (1,) or len(state) != 1:
+        if counters is None or counters.shape != (1,) or counters.dtype != torch.int64 or len(state) != 1:
             raise RegrowError("topology state does not belong to a training with masked dense layers")
         self.n_steps = int(counters)
-        for layer in self.layers.values():
+        dense = self.method.phase(self.schedule, min(self.n_steps, self.schedule.total_steps - 1)) is None
+        for name, layer in self.layers.items():
+            n_active = layer.n_positions if dense else layer.n_active
+            if int(layer.mask.sum()) != n_active:
+                raise RegrowError(f"{name}.mask must hold {n_active} blocks in step {self.n_steps}")
             layer.remember()
 
     def _begin(self, phase: int | None) -> None:

@@ -18,10 +18,12 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from regrow.errors import RegrowError
 from regrow.shards import is_sharded, whole, whole_state
+from regrow.training import checks
 from regrow.training.callback import RegrowCallback
 from regrow.training.checkpoint import (
     damaged,
     gathered_random_states,
+    load_json,
     load_random_state,
     load_training_state,
     save_training_state,
@@ -29,11 +31,11 @@ from regrow.training.checkpoint import (
     sync_path,
     whole_optimizer_state,
 )
-from regrow.training.finite import OnNonfinite, first_nonfinite_gradient, is_finite
+from regrow.training.finite import OnNonfinite, first_nonfinite_gradient, gradient_norm, is_finite
 from regrow.training.fsdp import shard
 from regrow.training.manifest import write_manifest
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, TRAINER_FILE = "model.safetensors", "trainer_state.json"
 
 
 class SafeTrainer(Trainer):
@@ -65,7 +67,7 @@ class SafeTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
         if not is_finite(norm):  # asked before clipping, which would make every gradient NaN
             self._refuse_step(first_nonfinite_gradient(model), parameters)
         elif self.args.max_grad_norm > 0:
@@ -88,12 +90,18 @@ class SafeTrainer(Trainer):
             "rate or raise the warm-up, or resume with --on_nonfinite skip to leave such steps out"
         )
 
+    _saved: tuple[object, int] = (None, 0)
+    """State of the training (each has its own) and step of the last checkpoint that was written or loaded."""
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._saved[1] == self.state.global_step and self._saved[0] is self.state:
+            return  # to write it again would first delete it
         # What the ranks hold together, they collect together.
         model_state = whole_state(self.model) if is_sharded(self.model) else None
         optimizer_state, random_states = whole_optimizer_state(self.optimizer), gathered_random_states()
         if self.args.should_save:
             self._write_checkpoint(model_state, optimizer_state, random_states)
+        self._saved = self.state, self.state.global_step
 
     def _write_checkpoint(
         self, model_state: dict[str, Tensor] | None, optimizer_state: dict[str, Any], random_states: dict[str, Tensor]
@@ -106,7 +114,7 @@ class SafeTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RegrowCallback):
                 callback.save_state(partial)
-        self.state.save_to_json(str(partial / "trainer_state.json"))
+        self.state.save_to_json(str(partial / TRAINER_FILE))
         write_manifest(partial)
         sync_folder(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +134,13 @@ class SafeTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / WEIGHTS_FILE
+        path, state = (Path(resume_from_checkpoint) / name for name in (WEIGHTS_FILE, TRAINER_FILE))
+        number = path.parent.name.rpartition("-")[2]
+        step = int(number) if number.isdecimal() else None
+        if wrong := checks.wrong_trainer_state(load_json(state), step, self.args):
+            raise damaged(state, wrong)
+        if wrong := checks.wrong_weights(path, (model or self.model).state_dict()):
+            raise damaged(path, wrong)
         try:
             load_model(model or self.model, path)  # knows tied weights; validates indices on the way
         except RegrowError as error:
@@ -140,6 +154,7 @@ class SafeTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.load_extra_state(load_training_state(Path(checkpoint), self.optimizer, self.lr_scheduler))
+            self._saved = self.state, self.state.global_step
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -17,6 +17,7 @@ from regrow.optim import check_optimizer, reset_slots_, resize_slots_
 from regrow.optim.state import resized
 from regrow.shards import is_sharded, own, own_rows, whole
 from regrow.topology import ExploredPositions, TopologyUpdate
+from regrow.training import checks
 from regrow.training.agreement import check_agreement
 from regrow.training.capture import GradientCapture
 from regrow.training.ddp import Wrapper, unwrapped
@@ -151,7 +152,7 @@ class TopologyUpdater:
         """Restore :meth:`state_dict`.
 
         Raises:
-            RegrowError: an entry is missing, left over, or of another shape or type.
+            RegrowError: an entry is missing, left over, of another shape or type, or one that no run writes.
         """
         for name, layer in self.layers.items():  # whose number of blocks a loaded model may have changed
             if len(self._history[name].allocated_at) != layer.topology.n_blocks:
@@ -166,12 +167,22 @@ class TopologyUpdater:
                     f"topology state {name!r} must be {expected[name].dtype} {list(expected[name].shape)}, "
                     f"got {tensor.dtype} {list(tensor.shape)}"
                 )
+        self._check_state(state)
         self.n_steps, self.last_update_step = state["counters"].tolist()
         for name, history in self._history.items():
             history.explored.bits = state[f"{name}.explored"].clone()
             history.allocated_at = state[f"{name}.allocated_at"].clone()
             history.start_blocks = int(state[f"{name}.start_blocks"])
         self._prepare()
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        n_steps, last_update_step = state["counters"].tolist()
+        if wrong := checks.wrong_counters(n_steps, last_update_step):
+            raise RegrowError(f"topology state: {wrong}")
+        for name, layer in self.layers.items():
+            explored, allocated_at, start = (state[f"{name}.{p}"] for p in ("explored", "allocated_at", "start_blocks"))
+            if wrong := checks.wrong_history(layer.topology, explored, allocated_at, int(start), n_steps):
+                raise RegrowError(f"topology state of {name}: {wrong}")
 
     def _prepare(self) -> None:
         """Before the forward pass of an update step: gradients are wanted."""
