@@ -96,7 +96,7 @@ def test_a_checkpoint_that_is_there_is_not_deleted_to_be_written_again(
     stopped.add_callback(Explode())
     write = stopped._write_checkpoint
     monkeypatch.setattr(
-        stopped, "_write_checkpoint", lambda states: (written.append(stopped.state.global_step), write(states))
+        stopped, "_write_checkpoint", lambda *states: (written.append(stopped.state.global_step), write(*states))
     )
     with pytest.raises(RegrowError, match="is not finite in step 9; the state before it is saved"):
         stopped.train(resume_from_checkpoint=copy and str(copy))
