@@ -35,10 +35,12 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         >>> gradient_norm([torch.full((2, 128), 1.0), torch.tensor([12.0])])
         tensor(20.)
     """
-    parts = [g.flatten(1) if g.dim() > 1 else g for g in gradients]
-    return nn.utils.get_total_norm(
-        [torch.linalg.vector_norm(g, dim=1) if g.dim() > 1 and g.shape[1] >= _LONG_ROW else g for g in parts]
-    )
+    return nn.utils.get_total_norm([_by_row(g) if g.device.type == "cpu" and g.dim() > 1 else g for g in gradients])
+
+
+def _by_row(gradient: Tensor) -> Tensor:
+    rows = gradient.flatten(1)
+    return torch.linalg.vector_norm(rows, dim=1) if rows.shape[1] >= _LONG_ROW else rows
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str:
