@@ -1,6 +1,10 @@
 """Fixtures for all tests."""
 
+import os
+import sys
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,25 @@ from regrow.kernels import cpu
 # A busy machine is not a defect: examples are not timed.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+NATIVE = os.environ.get("REGROW_NATIVE")
+"""A folder with another build of the compiled kernels, for the tests to use: see `make sanitize`."""
+
+
+def use_build(folder: str) -> None:
+    [path] = Path(folder).glob("_native*.so")
+    name = "regrow.kernels._native"
+    spec = spec_from_file_location(name, path)
+    sys.modules[name] = module_from_spec(spec)  # where regrow's own import finds it
+    spec.loader.exec_module(sys.modules[name])
+
+
+if NATIVE:
+    use_build(NATIVE)
+
+
+def pytest_report_header() -> str:
+    return f"compiled kernels: {cpu.native().__file__}"
 
 
 @pytest.fixture(autouse=True)

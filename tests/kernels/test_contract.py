@@ -182,6 +182,53 @@ def test_bad_tensors_are_named() -> None:
         sddmm(g, x, *index, 0)
 
 
+def test_an_optimizer_state_of_another_shape_is_refused() -> None:
+    """It may come from a file; torch loads it without a look."""
+    good = {name: torch.ones(3, 4, 4) for name in ("values", "grad", "mean", "square")}
+    good |= {"size": torch.ones(3), "root": torch.ones(3)}
+    options = {"betas": (0.9, 0.999), "keep": 1.0, "eps": 1e-8}
+    for name, bad in (
+        ("grad", torch.ones(3, 4)),
+        ("mean", torch.ones(2, 4, 4)),
+        ("square", torch.ones(3, 4, 4).double()),
+        ("size", torch.ones(2)),
+        ("root", torch.ones(())),
+    ):
+        with pytest.raises(RegrowError, match=f"{name}.* is "):
+            cpu.adamw_(**{**good, name: bad}, **options)
+    assert torch.equal(good["values"], torch.ones(3, 4, 4))
+
+
+def test_arguments_of_the_loss_and_of_its_embedding_are_checked() -> None:
+    logits, targets = torch.zeros(2, 5), torch.tensor([1, 4])
+    for bias in (torch.zeros(5).bfloat16(), torch.zeros(4)):
+        with pytest.raises(RegrowError, match="bias is"):
+            cpu.cross_entropy_(logits, bias, targets, 1.0)
+    for bad in (targets.int(), targets[:1]):
+        with pytest.raises(RegrowError, match="targets is"):
+            cpu.cross_entropy_(logits, None, bad, 1.0)
+        with pytest.raises(RegrowError, match="rows is"):
+            cpu.add_rows_(logits, bad, torch.ones(2, 5))
+    for bad in (torch.ones(2, 4), torch.ones(2, 5).double()):
+        with pytest.raises(RegrowError, match="values is"):
+            cpu.add_rows_(logits, targets, bad)
+
+
+def test_a_logit_that_is_no_number_makes_the_loss_none(isa: str) -> None:
+    logits, targets = normal(3, 40), torch.tensor([1, 2, 39])
+    logits[1, 17] = torch.nan
+    losses, sums = cpu.cross_entropy_(logits, None, targets, 1.0)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert logits.isnan().all(1).tolist() == [False, True, False] and sums.isnan().all()
+
+
+def test_no_rows_and_no_blocks_at_all() -> None:
+    index = [torch.tensor(i, dtype=torch.int32) for i in ([0], [], [])]
+    for n in (0, 5):
+        dvalues, g_sum = torch.ops.regrow.sddmm(normal(n, 0), normal(n, 12), *index, 4, True)
+        assert dvalues.shape == (0, 4, 4) and g_sum.shape == (0,)
+
+
 def test_no_blocks_at_all() -> None:
     p = pattern(4, 3, 0)
     x, values, bias = normal(5, 12).requires_grad_(), torch.empty(0, 4, 4).requires_grad_(), normal(16)

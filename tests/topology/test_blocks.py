@@ -106,6 +106,27 @@ def test_damaged_indices_are_refused_by_name(name: str, position: int, value: in
         module.load_state_dict(state)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+@pytest.mark.parametrize("assign", [False, True])
+def test_indices_of_another_dtype_are_refused(dtype: torch.dtype, assign: bool) -> None:
+    topology = BlockTopology.random(2, 3, 4)
+    state = {**topology.state_dict(), "slot": topology.slot.to(dtype)}
+    with pytest.raises(RegrowError, match="slot must be int32"):
+        topology.load_state_dict(state, assign=assign)
+    topology.slot = topology.slot.to(dtype)
+    with pytest.raises(RegrowError, match=r"slot must be int32 \[4\]"):
+        topology.validate()
+
+
+def test_part_of_a_state_is_validated_too() -> None:
+    topology = BlockTopology.from_coordinates([0, 1], [0, 2], n_block_rows=2, n_block_cols=3)
+    topology.load_state_dict({"col_idx": torch.tensor([1, 0], dtype=torch.int32)}, strict=False)
+    with pytest.raises(RuntimeError, match="col_idx must lie in"):
+        topology.load_state_dict({"col_idx": torch.tensor([1, 3], dtype=torch.int32)}, strict=False)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        topology.load_state_dict({"col_idx": torch.tensor([1, 0], dtype=torch.int32)})
+
+
 @pytest.mark.parametrize(
     ("slots", "rows", "cols", "message"),
     [

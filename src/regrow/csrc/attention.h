@@ -4,6 +4,7 @@
 // some thousand keys; nothing else of the size of the scores exists. A head's rows lie a whole row of qkv apart, each
 // on another page, so they are copied first, keys and values transposed where a product needs that.
 #pragma once
+#include "fence.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "softmax.h"
@@ -27,14 +28,15 @@ struct AttentionShape {
 };
 size_t attention_scratch(int64_t longest, int64_t dim, bool backward) {
     const AttentionShape a(longest, dim);
-    return backward ? 2 * a.panels() + 3 * a.rows() + 3 * a.queries() + 2 * a.scores()
-                    : a.panels() + a.rows() + 2 * a.queries() + a.scores();
+    return backward ? 2 * a.panels() + 3 * a.rows() + 3 * a.queries() + 2 * a.scores() + 10 * kGap
+                    : a.panels() + a.rows() + 2 * a.queries() + a.scores() + 5 * kGap;
 }
 struct Pieces {
     float* next;
     float* take(int64_t floats) {
         float* piece = next;
-        next += floats;
+        fence(piece, floats, floats + kGap);
+        next += floats + kGap;
         return piece;
     }
 };

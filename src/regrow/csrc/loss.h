@@ -52,7 +52,8 @@ void cross_entropy(const LossArgs& a, int64_t first, int64_t last, float* sum) {
             each_vector(x + from, from + 256 * W < n ? 256 * W : n - from, -__builtin_inff(),
                         [&](V v, int64_t live, int64_t i) LAMBDA {
                             V d = v - most;
-                            const V e = d >= kLowest ? exp_negative(d > kLowest ? d : splat(kLowest)) : V{};
+                            // What is no number passes both, and makes the loss none.
+                            const V e = d < kLowest ? V{} : exp_negative(d < kLowest ? splat(kLowest) : d);
                             part += e;
                             if (a.scale != 0) store_first(x + from + i, e, live);
                         });

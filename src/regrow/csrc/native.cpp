@@ -55,12 +55,16 @@ void spmm(Address x, Address scale, Address values, Address bias, Address y, Add
     const int n = int(std::clamp<int64_t>(threads, 1, n_tokens));
     const size_t packed = padded(n_blocks * b * b), width = padded(cols + 1);
     const size_t order = transposed ? padded(n_blocks) + (n + 1) * width : 0;
-    const size_t each = padded(table.spmm_scratch(b, in_blocks, out_blocks, n_blocks));
+    const size_t own = table.spmm_scratch(b, in_blocks, out_blocks, n_blocks), each = padded(own);
     float* scratch = t_scratch.reserve(packed + order + n * each);
+    fence(scratch, n_blocks * b * b, packed);
+    fence_each(scratch + packed + order, n, own, each);
     a.packed = scratch;
     if (transposed) {
         int32_t* row_idx = reinterpret_cast<int32_t*>(scratch + packed);
         int32_t* col_ptr = row_idx + padded(n_blocks);
+        fence(scratch + packed, n_blocks, padded(n_blocks));
+        fence_each(scratch + packed + padded(n_blocks), n + 1, cols + 1, width);
         pack_by_columns(table, w, cols, n_blocks, n, col_ptr, width, row_idx, scratch);
         a.ptr = col_ptr;
         a.idx = row_idx;
@@ -83,22 +87,25 @@ void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, 
     // the block rows, into ranges of about equally many blocks, by as many as there are threads left.
     const KernelTable& table = *g_table;
     const int by_tokens = threads > 1 && n_tokens > 1 ? 2 : 1;
-    const int by_rows = int(std::clamp<int64_t>(threads / by_tokens, 1, rows)), n = by_tokens * by_rows;
+    const int by_rows = int(std::clamp<int64_t>(threads / by_tokens, 1, std::max<int64_t>(rows, 1)));
+    const int n = by_tokens * by_rows;
     std::vector<int64_t> row(by_rows + 1, 0);  // range k is [row[k], row[k + 1])
     int64_t most_blocks = 0, most_rows = 0;
-    size_t each = 0;  // of any range: one of fewer rows may work in longer tiles
+    size_t own = 0;  // of any range: one of fewer rows may work in longer tiles
     for (int k = 1; k <= by_rows; ++k) {
         const int32_t upto = int32_t(cut(n_blocks, k, by_rows));
         row[k] = k == by_rows ? rows : std::lower_bound(a.ptr + row[k - 1], a.ptr + rows, upto) - a.ptr;
         const int64_t blocks = a.ptr[row[k]] - a.ptr[row[k - 1]];
         most_blocks = std::max(most_blocks, blocks);
         most_rows = std::max(most_rows, row[k] - row[k - 1]);
-        each = std::max(each, padded(table.sddmm_scratch(b, row[k] - row[k - 1], cols, blocks)));
+        own = std::max(own, table.sddmm_scratch(b, row[k] - row[k - 1], cols, blocks));
     }
+    const size_t each = padded(own);
     // Sums of a part: dvalues in CSR order, then g_sum. Parts of one range lie side by side.
     const size_t sum_at = padded(most_blocks * b * b + 64), size = sum_at + padded(g_sum ? most_rows * b : 0);
     float* scratch = t_scratch.reserve(std::max<size_t>(n * (size + each), padded(n_blocks)));
     check_permutation(slots, n_blocks, scratch);
+    fence_each(scratch + n * size, n, own, each);
 
     nb::gil_scoped_release release;
     parallel(n, [&](int i) {
@@ -110,6 +117,8 @@ void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, 
         part.rows = row[k + 1] - row[k];
         float* acc = scratch + i * size;
         std::memset(acc, 0, size * sizeof(float));
+        fence(acc, most_blocks * b * b + 64, sum_at);
+        fence(acc + sum_at, g_sum ? most_rows * b : 0, size - sum_at);
         table.sddmm(part, cut(n_tokens, t, by_tokens), cut(n_tokens, t + 1, by_tokens), scratch + n * size + i * each,
                     acc, g_sum ? acc + sum_at : nullptr);
     });

@@ -14,8 +14,9 @@ void run(AttentionArgs a, int64_t n_sequences, int threads, bool backward) {
     nb::gil_scoped_release release;
     const KernelTable& table = *g_table;
     const int n = int(std::clamp<int64_t>(threads, 1, n_sequences * a.heads));
-    const size_t each = padded(table.attention_scratch(a.longest, a.dim, backward));
+    const size_t own = table.attention_scratch(a.longest, a.dim, backward), each = padded(own);
     float* scratch = t_scratch.reserve(n * each);
+    fence_each(scratch, n, own, each);
     parallel(n, [&](int i) {
         const auto kernel = backward ? table.attention_backward : table.attention;
         kernel(a, first_item(sequences, a.heads, i, n), first_item(sequences, a.heads, i + 1, n), scratch + i * each);

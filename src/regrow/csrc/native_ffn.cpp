@@ -52,6 +52,7 @@ void ffn(Address x, Address values1, Address bias1, Address row_ptr1, Address co
         a.second = second.by_rows(layout, n);
         a.second_cuts = cut_slabs(layout, second.places(), out_blocks, a.plan.slab, hidden_blocks);
         own = layout.take(n * each);
+        if (own) fence_each(own, n, a.plan.scratch, each);
         return layout.size();
     };
     prepare(t_scratch.reserve(prepare(nullptr)));
@@ -92,6 +93,7 @@ void ffn_backward(Address g, Address x, Address values1, Address bias1, Address 
         }
         totals = layout.take(n * sums.size);
         own = layout.take(n * each);
+        if (own) fence_each(own, n, a.plan.scratch, each);
         return layout.size();
     };
     prepare(t_scratch.reserve(prepare(nullptr)));

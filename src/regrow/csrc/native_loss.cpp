@@ -11,15 +11,16 @@ void cross_entropy(Address logits, Address bias, Address targets, Address losses
             fail("targets holds " + std::to_string(a.targets[r]) + ", outside [0, " + std::to_string(classes) + ")");
         }
     }
-    if (scale != 0) std::memset(at<float>(sum), 0, classes * sizeof(float));
+    if (scale != 0 && classes > 0) std::memset(at<float>(sum), 0, classes * sizeof(float));
     if (rows == 0) return;
     nb::gil_scoped_release release;
     const int n = int(std::clamp<int64_t>(threads, 1, rows));
     const size_t width = scale != 0 ? padded(classes) : 0;
     float* sums = t_scratch.reserve(std::max<size_t>(n * width, 1));
+    if (width) fence_each(sums, n, classes, width);
     parallel(n, [&](int i) {
         float* part = sums + i * width;
-        std::memset(part, 0, width * sizeof(float));
+        if (width) std::memset(part, 0, classes * sizeof(float));
         g_table->cross_entropy(a, cut(rows, i, n), cut(rows, i + 1, n), part);
     });
     if (scale == 0) return;

@@ -22,6 +22,7 @@ void norm(Address x, Address residual, Address weight, Address bias, Address y, 
     const int n = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(rows, 1)));
     const size_t each = padded(2 * row_floats(width));
     float* scratch = t_scratch.reserve(n * each);
+    fence_each(scratch, n, 2 * row_floats(width), each);
     parallel(n, [&](int i) { g_table->norm(a, cut(rows, i, n), cut(rows, i + 1, n), scratch + i * each); });
 }
 
@@ -39,6 +40,8 @@ void norm_backward(Address g, Address x, Address residual, Address weight, Addre
                          seed, threshold};
     const size_t row = row_floats(width), sum = padded(2 * row), each = padded(2 * row);
     float *sums = t_scratch.reserve(ranges * sum + n * each), *scratch = sums + ranges * sum;
+    fence_each(sums, ranges, 2 * row, sum);
+    fence_each(scratch, n, 2 * row, each);
     parallel(n, [&](int i) {
         for (int64_t k = cut(ranges, i, n); k < cut(ranges, i + 1, n); ++k) {
             float* part = sums + k * sum;

@@ -28,12 +28,13 @@ void sparse_attention(Address x, Address offsets, Address values1, Address bias1
     a.x = at<const float>(x), a.bias1 = at<const float>(bias1), a.bias2 = at<const float>(bias2);
     a.lse = at<float>(lse), a.attended = at<float>(attended), a.y = at<float>(y);
     float* own = nullptr;
-    const size_t each = padded(g_table->sparse_attention_scratch(a, false));
+    const size_t size = g_table->sparse_attention_scratch(a, false), each = padded(size);
     const auto prepare = [&](float* memory) {
         Layout layout(memory);
         a.first = first.by_rows(layout, n);
         a.second = second.by_rows(layout, n);
         own = layout.take(n * each);
+        if (own) fence_each(own, n, size, each);
         return layout.size();
     };
     prepare(t_scratch.reserve(prepare(nullptr)));
@@ -68,7 +69,7 @@ void sparse_attention_backward(Address g, Address x, Address lse, Address attend
     a.lse = at<float>(lse), a.attended = at<float>(attended);
     a.g = at<const float>(g), a.dx = at<float>(dx);
     float *own = nullptr, *totals = nullptr;
-    const size_t each = padded(g_table->sparse_attention_scratch(a, true));
+    const size_t size = g_table->sparse_attention_scratch(a, true), each = padded(size);
     const TwoSums sums(first, second, 3 * hidden_blocks * b, out_blocks * b,
                        {at<float>(dvalues1), at<float>(dbias1), at<float>(dvalues2), at<float>(dbias2)});
     const auto prepare = [&](float* memory) {
@@ -79,6 +80,7 @@ void sparse_attention_backward(Address g, Address x, Address lse, Address attend
         if (dx) a.first_t = first.by_columns(layout, n);
         totals = layout.take(n * sums.size);
         own = layout.take(n * each);
+        if (own) fence_each(own, n, size, each);
         return layout.size();
     };
     prepare(t_scratch.reserve(prepare(nullptr)));

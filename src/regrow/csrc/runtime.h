@@ -10,7 +10,9 @@
 #include <new>
 #include <string>
 #include <vector>
-#ifdef _OPENMP
+#if defined(REGROW_SANITIZE_THREAD)
+#include <thread>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -18,6 +20,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "fence.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -56,6 +59,7 @@ class Scratch {
 #endif
             size_ = bytes / sizeof(float);
         }
+        fence(data_, floats, size_);
         return data_;
     }
 
@@ -66,13 +70,23 @@ class Scratch {
 };
 inline thread_local Scratch t_scratch;
 
-inline size_t padded(size_t floats) { return (floats + 1023) / 1024 * 1024; }  // whole pages: no false sharing
+inline size_t padded(size_t floats) { return (floats + kGap + 1023) / 1024 * 1024; }  // whole pages: no false sharing
 
 // f(part) for part in [0, n). The split depends on n alone, so results do not depend on how many threads
 // come. With n == 1 OpenMP is never entered, which keeps a forked child of a threaded parent safe.
 template <class F>
 void parallel(int n, F&& f) {
-#ifdef _OPENMP
+#if defined(REGROW_SANITIZE_THREAD)
+    // ThreadSanitizer does not see how libgomp's threads wait for each other, and would call that a race. Of these it
+    // sees everything. A thread for every part: each order that OpenMP may choose is possible here.
+    if (n > 1) {
+        std::vector<std::thread> others;
+        for (int part = 1; part < n; ++part) others.emplace_back([&f, part] { f(part); });
+        f(0);
+        for (std::thread& other : others) other.join();
+        return;
+    }
+#elif defined(_OPENMP)
     if (n > 1) {
 #pragma omp parallel num_threads(n)
         for (int part = omp_get_thread_num(); part < n; part += omp_get_num_threads()) f(part);

@@ -24,8 +24,10 @@ struct SequenceBuffers {
         const int64_t tokens = groups(args.longest) * G, hidden_blocks = args.heads * args.dim / B;
         stride = panel_stride<B>(tokens);
         const auto take = [&](int64_t n) {
+            const int64_t room = round_up(n, 16) + kGap;
             float* piece = memory ? memory + floats : nullptr;
-            floats += round_up(n, 16);
+            if (piece) fence(piece, n, room);
+            floats += room;
             return piece;
         };
         const auto panel = [&](int64_t blocks) { return take(round_up(blocks, G) * stride); };

@@ -25,6 +25,7 @@ constexpr int W = 4, kAccumulators = 12;
 
 typedef float V __attribute__((vector_size(W * 4)));
 typedef int32_t VInt __attribute__((vector_size(W * 4)));
+typedef uint32_t VBits __attribute__((vector_size(W * 4)));
 typedef float VAligned __attribute__((vector_size(W * 4), may_alias));
 typedef float VAny __attribute__((vector_size(W * 4), may_alias, aligned(4)));
 
@@ -50,7 +51,9 @@ INLINE void store_part(float* p, V v, int64_t n) {
 // A store around the caches, to a place aligned to a vector: the line is not read from memory first.
 // finish_streams() makes such stores visible to other threads.
 INLINE void stream(float* p, V v) {
-#if defined(REGROW_ISA_AVX512)
+#if defined(REGROW_SANITIZE)
+    store(p, v);  // sanitizers do not look into intrinsics
+#elif defined(REGROW_ISA_AVX512)
     _mm512_stream_ps(p, v);
 #elif defined(REGROW_ISA_AVX2)
     _mm256_stream_ps(p, v);
@@ -143,7 +146,7 @@ INLINE V expand(const float* p) {
         V v;
         if constexpr (G == 2) v = _mm512_castps256_ps512(_mm256_loadu_ps(p));
         if constexpr (G == 4) v = _mm512_castps128_ps512(_mm_loadu_ps(p));
-        if constexpr (G == 8) v = _mm512_castpd_ps(_mm512_castpd128_pd512(_mm_loadu_pd((const double*)p)));
+        if constexpr (G == 8) v = _mm512_castpd_ps(_mm512_castpd128_pd512(_mm_load_sd((const double*)p)));
         return shuffle<ExpandMap<G>>(v, v);
 #elif defined(REGROW_ISA_AVX2)
         V v;
@@ -233,7 +236,7 @@ INLINE V exp_negative(V x) {
     p = p * r + 0.4999999403953552f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    return (V)((VInt)p + ((VInt)shifted << 23));  // times 2^n
+    return (V)((VBits)p + ((VBits)shifted << 23));  // times 2^n
 }
 
 // gelu(h) = h Phi(h) and its slope Phi(h) + h phi(h), with Phi and phi the normal distribution and its density.

@@ -29,6 +29,7 @@ inline void check_indices(const int32_t* row_ptr, const int32_t* col_idx, const 
 
 // A slot named twice leaves another one unwritten. `scratch` has room for a byte for every block.
 inline void check_permutation(const int32_t* slot, int64_t n_blocks, void* scratch, const std::string& which = "") {
+    if (n_blocks == 0) return;
     unsigned char* seen = static_cast<unsigned char*>(scratch);
     std::memset(seen, 0, n_blocks);
     for (int64_t p = 0; p < n_blocks; ++p) seen[slot[p]] = 1;
@@ -72,6 +73,7 @@ class Layout {
     T* take(size_t numbers) {
         static_assert(sizeof(T) == sizeof(float));
         T* place = memory_ ? reinterpret_cast<T*>(memory_ + size_) : nullptr;
+        if (place) fence(memory_ + size_, numbers, padded(numbers));
         size_ += padded(numbers);
         return place;
     }
@@ -131,6 +133,10 @@ struct TwoSums {
     }
     LayerSums clear(float* mine) const {
         std::memset(mine, 0, size * sizeof(float));
+        fence(mine, first.numbers() + 64, bias1_at);
+        fence(mine + bias1_at, width1, values2_at - bias1_at);
+        fence(mine + values2_at, second.numbers() + 64, bias2_at - values2_at);
+        fence(mine + bias2_at, width2, size - bias2_at);
         return {to.dvalues1 ? mine : nullptr, to.dbias1 ? mine + bias1_at : nullptr,
                 to.dvalues2 ? mine + values2_at : nullptr, to.dbias2 ? mine + bias2_at : nullptr};
     }

@@ -7,14 +7,17 @@ environment variable ``REGROW_ISA`` (``generic``, ``avx2`` or ``avx512``) forces
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from math import prod
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
+from regrow.kernels.checks import check_tensor
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_CPU = torch.device("cpu")
 
 
 @cache
@@ -125,9 +128,16 @@ def adamw_(
 
     ``size`` [n_blocks] is each block's step size, ``root`` its :math:`1 / \sqrt{1 - \beta_2^t}`, ``keep`` is 1 - lr *
     weight decay.
+
+    Raises:
+        RegrowError: a shape or dtype is another; moments may come from a file.
     """
-    shape = values.shape[0], values[0].numel()
-    call("adamw", (values, grad, mean, square, size, root), *shape, *betas, keep, eps)
+    shape, n = tuple(values.shape), (values.shape[0],)
+    for name, array in (("gradient", grad), ("mean", mean), ("square", square)):
+        _check_float32(name, array, shape)
+    for name, array in (("size", size), ("root", root)):
+        _check_float32(name, array, n)
+    call("adamw", (values, grad, mean, square, size, root), *n, prod(shape[1:]), *betas, keep, eps)
 
 
 def supports_dense(x: Tensor) -> bool:
@@ -139,15 +149,31 @@ def cross_entropy_(logits: Tensor, bias: Tensor | None, targets: Tensor, scale: 
     """Cross-entropy ``[rows]`` of ``logits + bias``, and the column sums of its gradient times ``scale``.
 
     That gradient takes the place of the logits; with scale 0 there is none, and no sums.
+
+    Raises:
+        RegrowError: a target is no class, or shapes or dtypes disagree.
     """
+    check_tensor("targets", targets, (logits.shape[0],), torch.int64, logits.device)
+    if bias is not None:
+        _check_float32("bias", bias, (logits.shape[1],))
     losses, sums = logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[1] if scale else 0)
     call("cross_entropy", (logits, bias, targets, losses, sums), *logits.shape, scale)
     return losses, sums
 
 
 def add_rows_(x: Tensor, rows: Tensor, values: Tensor) -> None:
-    """``x[rows[i]] += values[i]``, in order of ``i``; ``x [n, width]`` contiguous."""
+    """``x[rows[i]] += values[i]``, in order of ``i``; ``x [n, width]`` contiguous float32 on a CPU.
+
+    Raises:
+        RegrowError: a row does not exist, or shapes or dtypes disagree.
+    """
+    check_tensor("rows", rows, tuple(values.shape[:1]), torch.int64, x.device)
+    _check_float32("values", values, (*rows.shape, x.shape[1]))
     call("add_rows", (x, rows, values), *x.shape, rows.shape[0])
+
+
+def _check_float32(name: str, array: Tensor, shape: tuple[int, ...]) -> None:
+    check_tensor(name, array, shape, torch.float32, _CPU)
 
 
 def call(name: str, arrays: Sequence[Tensor | None], *sizes: float) -> None:

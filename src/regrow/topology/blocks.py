@@ -7,6 +7,8 @@ overwrites the coordinates of dead slots and re-sorts *indices*; no value and no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -177,10 +179,15 @@ class BlockTopology(nn.Module):
         """Check the arrays, which may come from a file.
 
         Raises:
-            RegrowError: naming the array, if pointers are not monotone, an index is out of range, columns
-                of a row are not strictly ascending, or ``slot`` is not a permutation.
+            RegrowError: naming the array, if its shape or dtype is another, pointers are not monotone, an index is
+                out of range, columns of a row are not strictly ascending, or ``slot`` is not a permutation.
         """
-        n, row_ptr = self.n_blocks, self.row_ptr.long()
+        n = self.n_blocks
+        for name, size in zip(_BUFFERS, (self.n_block_rows + 1, n, n), strict=True):
+            array = self.get_buffer(name)
+            if array.shape != (size,) or array.dtype is not torch.int32:
+                raise RegrowError(f"{name} must be int32 [{size}], got {array.dtype} {list(array.shape)}")
+        row_ptr = self.row_ptr.long()
         if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or bool((row_ptr.diff() < 0).any()):
             raise RegrowError(f"row_ptr must rise from 0 to n_blocks={n}; the file or state is damaged")
         _check_range("col_idx", self.col_idx, self.n_block_cols)
@@ -190,21 +197,24 @@ class BlockTopology(nn.Module):
         if bool((self.keys()[self.slot.long()].diff() <= 0).any()):
             raise RegrowError("col_idx must ascend strictly within each block row; the file or state is damaged")
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        *_, errors = args
         for name in _BUFFERS:
-            loaded = state_dict.get(prefix + name)
-            if loaded is not None and loaded.is_floating_point():
-                raise RegrowError(f"{prefix}{name} must hold integers, got {loaded.dtype}")
+            array = state_dict.get(prefix + name)
+            if isinstance(array, Tensor) and array.dtype is not torch.int32:
+                raise RegrowError(f"{prefix}{name} must be int32, got {array.dtype}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        fits = all(  # what does not is missing or a size mismatch, which torch reports
-            prefix + name in state_dict and state_dict[prefix + name].shape == getattr(self, name).shape
-            for name in _BUFFERS
-        )
-        if fits and not self.slot.is_meta:
+        loaded = [self._fits(state_dict.get(prefix + name), name) for name in _BUFFERS]
+        if any(loaded) and not self.slot.is_meta:
             try:
                 self.validate()
             except RegrowError as error:
-                raise RegrowError(f"{prefix}{error}") from None
+                if all(loaded):
+                    raise RegrowError(f"{prefix}{error}") from None
+                errors.append(f"{prefix}{error}")  # torch raises it, and says what is missing or of another size
+
+    def _fits(self, array: Tensor | None, name: str) -> bool:
+        return array is not None and array.shape == self.get_buffer(name).shape
 
     def extra_repr(self) -> str:
         return f"{self.n_block_rows} x {self.n_block_cols} positions, n_blocks={self.n_blocks}"
