@@ -148,7 +148,8 @@ class SafeTrainer(Trainer):
         except (SafetensorError, OSError) as error:
             raise damaged(path, error) from None
         except RuntimeError as error:
-            first = str(error).strip().splitlines()[-1].strip()
+            heading, *lines = str(error).strip().splitlines()
+            first = (lines or [heading])[0].strip()
             raise RegrowError(f"{path} does not fit this model ({first}); resume with the same config") from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
