@@ -46,7 +46,7 @@ def main() -> None:
     print("|---" * 6 + "|")
     for size in (size for size in sparse if size in of):
         seconds = {of[size]["config"]["block_size"]: of[size]["sparse_seconds"]}
-        seconds |= {int(block): value for block, value in of[size]["by_block"].items()}
+        seconds |= {int(block): value for block, value in of[size].get("by_block", {}).items()}
         for block, loss in sorted(sparse[size].items(), reverse=True):
             if block in seconds:
                 ratios = [
