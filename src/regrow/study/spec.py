@@ -24,7 +24,7 @@ from regrow.errors import RegrowError
 from regrow.methods import Method, method_class
 from regrow.optim import sparse_learning_rate
 
-NO_EFFECT = ("output", "workers", "keep_checkpoints", "save_steps", "logging_steps", "report_to")
+NO_EFFECT = ("output", "parallel", "workers", "keep_checkpoints", "save_steps", "logging_steps", "report_to")
 """Options that cannot change what is trained: they are no part of a run's identity."""
 RECIPE_FORMAT = 1
 """Raised when the default of an option changes, or what an option does."""
