@@ -29,6 +29,7 @@ from .problems import pattern
 
 fuzzed = settings(
     max_examples=int(os.environ.get("REGROW_FUZZ_EXAMPLES", "15")),
+    derandomize="REGROW_FUZZ_EXAMPLES" not in os.environ,  # the suite tries the same ones every time
     deadline=None,
     suppress_health_check=list(HealthCheck),  # examples are large; what they cost is ours to say
 )
@@ -310,7 +311,8 @@ def test_damaged_tensors_are_refused_or_mean_the_same_to_the_reference(op: Calla
         compare(op, tuple(arguments))
 
 
-NUMBERS = {int: (-(2**63), -1, 0, 1, 2, 3, 5, 2**31, 2**40), float: (-1.0, 0.0, 1.0, 1e30, torch.inf, torch.nan)}
+# 2^40 is more than any machine has; 2^31 would be allocated, and more than most have.
+NUMBERS = {int: (-(2**63), -1, 0, 1, 2, 3, 5, 2**40), float: (-1.0, 0.0, 1.0, 1e30, torch.inf, torch.nan)}
 
 
 @every_operator
