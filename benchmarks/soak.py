@@ -10,7 +10,6 @@ that nobody killed. Linux only: it looks for torchrun's children.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
 import subprocess
@@ -21,6 +20,8 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import load_file
+
+from regrow.bert.run import RunDirectory
 
 CLOCKS = ("tokens_per_second", "data_wait", "seconds")
 TENSORS = ("model.safetensors", "training_state.safetensors", "topology_state.safetensors")
@@ -33,24 +34,26 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=90.0, help="mean seconds between kills")
     parser.add_argument("--ranks", type=int, default=2, help="processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of who is killed")
-    parser.add_argument("flags", nargs="*", help="of regrow pretrain, after --")
-    asked = parser.parse_args()
-    killed, whole = asked.output / "killed", asked.output / "whole"
-    seconds, kills = train(asked, killed, random.Random(asked.seed))
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked, flags = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    killed, whole = RunDirectory(asked.output / "killed"), RunDirectory(asked.output / "whole")
+    seconds, kills = train(asked, flags, killed, random.Random(asked.seed))
     print(f"{kills} kills in {seconds / 60:.1f} minutes", flush=True)
-    train(asked, whole, None)
+    train(asked, flags, whole, None)
     different = compare(killed, whole)
     print("\n".join(different) or "bitwise equal to the undisturbed run: weights, optimizer, topology, losses")
     return 1 if different else 0
 
 
-def train(asked: argparse.Namespace, folder: Path, dice: random.Random | None) -> tuple[float, int]:
+def train(
+    asked: argparse.Namespace, flags: list[str], to: RunDirectory, dice: random.Random | None
+) -> tuple[float, int]:
     """Run to the end; seconds, and how many were killed."""
-    flags = [*asked.flags, "--output", str(folder)]
+    flags = [*flags, "--output", str(to.path)]
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={asked.ranks}", "--max-restarts=1000000"]
     asked.output.mkdir(parents=True, exist_ok=True)
     kills, start = 0, time.monotonic()
-    with (asked.output / f"{folder.name}.log").open("w") as log:
+    with to.path.with_suffix(".log").open("w") as log:
         run = subprocess.Popen(
             [sys.executable, "-m", *torchrun, "-m", "regrow", "pretrain", *flags], stdout=log, stderr=log
         )
@@ -59,34 +62,33 @@ def train(asked: argparse.Namespace, folder: Path, dice: random.Random | None) -
                 try:
                     run.wait(dice.expovariate(1 / asked.every) if dice else None)
                 except subprocess.TimeoutExpired:
-                    kills += kill_one(run, dice, folder, time.monotonic() - start)
+                    kills += kill_one(run, dice, to, time.monotonic() - start)
         finally:
             run.terminate()
             run.wait()
     if run.returncode:
-        raise SystemExit(f"the run ended with status {run.returncode}; see {asked.output / folder.name}.log")
+        raise SystemExit(f"the run ended with status {run.returncode}; see {to.path.with_suffix('.log')}")
     return time.monotonic() - start, kills
 
 
-def kill_one(run: subprocess.Popen, dice: random.Random, folder: Path, seconds: float) -> bool:
+def kill_one(run: subprocess.Popen, dice: random.Random, to: RunDirectory, seconds: float) -> bool:
     """SIGKILL one of torchrun's processes, if there are any now."""
     workers = psutil.Process(run.pid).children()
     if not workers:
         return False
     victim = dice.choice(workers)
     victim.send_signal(signal.SIGKILL)
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-    step = json.loads(lines[-1])["step"] if lines else 0
+    lines = to.read_metrics()
+    step = lines[-1]["step"] if lines else 0
     print(f"{seconds:8.1f} s: killed process {victim.pid} after step {step} or later", flush=True)
     return True
 
 
-def compare(killed: Path, whole: Path) -> list[str]:
+def compare(killed: RunDirectory, whole: RunDirectory) -> list[str]:
     """What differs between the last checkpoints and logs of two runs."""
-    different = []
-    last = max((path.name for path in (whole / "checkpoints").iterdir()), key=lambda name: int(name.rpartition("-")[2]))
+    different, last = [], whole.last_checkpoint().name
     for name in TENSORS:
-        ours, expected = (load_file(run / "checkpoints" / last / name) for run in (killed, whole))
+        ours, expected = (load_file(run.checkpoints / last / name) for run in (killed, whole))
         if ours.keys() != expected.keys():
             different.append(f"{name}: other tensors")
         different += [
@@ -97,10 +99,9 @@ def compare(killed: Path, whole: Path) -> list[str]:
     return different
 
 
-def metrics(run: Path) -> list[dict]:
+def metrics(run: RunDirectory) -> list[dict]:
     """Lines of the log without what a clock says."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in run.read_metrics()]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import regrow
-from pretraining import STEPS, config, lines_with_clock, metrics_without_clock, write_corpus
+from pretraining import STEPS, config, lines_with_clock, metrics_without_clock
 from regrow.bert.model import BertForPreTraining, build_model
 from regrow.bert.pretrain import PretrainConfig, PretrainResult, pretrain
 from regrow.bert.sizes import bert_config
@@ -29,16 +29,7 @@ from regrow.nn import named_sparse_layers
 STOP_AT = 13  # updates fall on steps 4, 8, 12, 16, 20: the stop is between two of them
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGROW_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "made-up.txt")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, TrainerCallback
 
-from pretraining import STEPS, config, metrics_without_clock, write_corpus
+from pretraining import STEPS, config, metrics_without_clock
 from processes import together
 from regrow import RegrowError
 from regrow.bert.pretrain import PretrainResult, pretrain
@@ -25,16 +25,7 @@ EVERY_STEP = {"dropout": 0.0, "logging_steps": 1}
 SHARED = {"parallel": "fsdp"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGROW_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "made-up.txt")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 class Watch(TrainerCallback):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import processes
-from pretraining import STEPS, config, metrics_without_clock, write_corpus
+from pretraining import STEPS, config, metrics_without_clock
 from regrow.bert.pretrain import pretrain
 from regrow.cli import main
 from regrow.methods import create
@@ -32,16 +32,7 @@ SAVE = {"save_steps": 8, "keep_checkpoints": 1}  # updates fall on 4, 8, 12, 16,
 TENSORS = ("model.safetensors", "training_state.safetensors", "topology_state.safetensors")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGROW_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "made-up.txt")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def in_children(target: Callable, folder: Path, *arguments: Any, ranks: int = 1) -> tuple[list[int], list[Any]]:
