@@ -11,7 +11,7 @@ setup: .venv/.ready
 # Rebuilt when the package's metadata or its native code changes.
 .venv/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/regrow/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[corpus,plot,cluster,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[corpus,plot,cluster,onnx,test,lint]'
 	touch $@
 
 # Pre-train a small always-sparse BERT on real text, then ask it for a word.

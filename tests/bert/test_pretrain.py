@@ -19,8 +19,8 @@ import regrow
 from pretraining import STEPS, config, lines_with_clock, metrics_without_clock
 from regrow.bert.model import BertForPreTraining, build_model
 from regrow.bert.pretrain import PretrainConfig, PretrainResult, pretrain
+from regrow.bert.progress import ProgressBar
 from regrow.bert.sizes import bert_config
-from regrow.bert.trainer import ProgressBar
 from regrow.cli import main
 from regrow.errors import RegrowError
 from regrow.methods import create
@@ -157,7 +157,7 @@ def test_seconds_are_of_training_and_go_on_after_a_stop(
 ) -> None:
     """Each evaluation and checkpoint is made to seem an hour long: none of it may be counted."""
     late = [0.0]
-    monkeypatch.setattr("regrow.bert.trainer.time.perf_counter", lambda: time.monotonic() + late[0])
+    monkeypatch.setattr("regrow.bert.run_trainer.time.perf_counter", lambda: time.monotonic() + late[0])
     for name in ("regrow.bert.trainer.evaluate_pretraining", "regrow.training.trainer.save_training_state"):
         module, _, function = name.rpartition(".")
         original = getattr(importlib.import_module(module), function)

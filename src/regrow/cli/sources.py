@@ -1,4 +1,4 @@
-"""Flags of ``regrow pretrain`` that come from elsewhere: a preset, a file, the run to resume."""
+"""Flags of a training that come from elsewhere: a preset, a file, the run to resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from regrow.bert.pretrain import MAY_CHANGE
 from regrow.bert.run import RunDirectory, read_yaml
 from regrow.cli.parser import OneLineParser
 from regrow.errors import RegrowError
@@ -53,11 +52,11 @@ def saved_flags(run: RunDirectory) -> list[str]:
     return _as_flags(run.read_config() | {"output": run.path})
 
 
-def refuse_changes(asked: Sequence[Any], saved: Sequence[Any]) -> None:
+def refuse_changes(asked: Sequence[Any], saved: Sequence[Any], may_change: Sequence[str]) -> None:
     """Raise :class:`RegrowError` where configuration or method are not those of the run to resume."""
     for new, old in zip(asked, saved, strict=True):
         for name, value in asdict(old).items():
-            if name not in MAY_CHANGE and getattr(new, name) != value:
+            if name not in may_change and getattr(new, name) != value:
                 raise RegrowError(
                     f"--resume continues a run as it was started, with --{name} {value}; "
                     f"drop --{name} {getattr(new, name)}, or start a new run in another --output"
@@ -65,7 +64,7 @@ def refuse_changes(asked: Sequence[Any], saved: Sequence[Any]) -> None:
 
 
 def _partial_parser() -> OneLineParser:
-    return OneLineParser(prog="regrow pretrain", add_help=False, allow_abbrev=False)
+    return OneLineParser(prog="regrow", add_help=False, allow_abbrev=False)
 
 
 def _presets() -> str:

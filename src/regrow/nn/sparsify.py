@@ -6,20 +6,21 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regrow.errors import RegrowError
 from regrow.nn.layout import record_layout
 from regrow.nn.linear import BlockSparseLinear, check_block_size
 from regrow.nn.speed import known_speeds
-from regrow.topology import layer_densities
+from regrow.topology import BlockTopology, layer_densities
 from regrow.topology.distribution import Distribution
 
 Model = TypeVar("Model", bound=nn.Module)
 Globs = str | Sequence[str]
+Init = Literal["truncated_normal", "keep", "magnitude"]
 
 
 def named_sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
@@ -49,7 +50,7 @@ def sparsify(
     include: Globs = "*",
     exclude: Globs = (),
     distribution: Distribution = "uniform",
-    init: Literal["truncated_normal", "keep"] = "truncated_normal",
+    init: Init = "truncated_normal",
     on_mismatch: Literal["error", "skip"] = "error",
     on_slow: Literal["ignore", "warn"] = "ignore",
     seed: int = 0,
@@ -63,8 +64,9 @@ def sparsify(
             replaced if any ``include`` and no ``exclude`` matches.
         distribution: how density varies over layers: ``"uniform"``, ``"er"``, ``"erk"``, or ``{glob: density}`` where
             ``density`` is that of the layers no glob matches. Q, K and V count as layers of their own.
-        init: ``"truncated_normal"`` draws new values as the paper does; ``"keep"`` copies the dense weight's
-            values at the chosen blocks. The bias is kept with ``"keep"``, zeroed otherwise.
+        init: ``"truncated_normal"`` draws a random pattern and new values as the paper does, with zero bias;
+            ``"keep"`` draws a random pattern, and copies the bias and the dense weight's values there; ``"magnitude"``
+            copies the bias and the blocks with the greatest sums of absolute values: one-shot pruning.
         on_mismatch: a layer that the block does not divide is an error, or is left dense with one warning.
         on_slow: ``"warn"`` names the layers that ``regrow advise`` measured to be slower than dense here.
         seed: of patterns and values; the global random state is not touched.
@@ -83,8 +85,8 @@ def sparsify(
         >>> sparsify(model, density=0.25, block_size=16, include="0")[0].values.shape
         torch.Size([4, 16, 16])
     """
-    if init not in ("truncated_normal", "keep"):
-        raise RegrowError(f"init must be 'truncated_normal' or 'keep', got {init!r}")
+    if init not in get_args(Init):
+        raise RegrowError(f"init must be one of {', '.join(map(repr, get_args(Init)))}, got {init!r}")
     if on_slow not in ("ignore", "warn"):
         raise RegrowError(f"on_slow must be 'ignore' or 'warn', got {on_slow!r}")
     chosen = chosen_layers(model, include, exclude)
@@ -101,7 +103,9 @@ def sparsify(
     generator = torch.Generator().manual_seed(seed)
     for name, dense in chosen.items():
         sparse = _replacement(dense, block_size, densities[name], generator)
-        if init == "keep":
+        if init == "magnitude":
+            sparse.topology = strongest_blocks(dense.weight, block_size, sparse.topology.n_blocks)
+        if init != "truncated_normal":
             sparse.load_dense_(dense.weight)
             if sparse.bias is not None:
                 sparse.bias.data.copy_(dense.bias)
@@ -135,6 +139,20 @@ def densify(model: Model) -> Model:
         model = replace_module(model, name, dense.train(sparse.training))
     record_layout(model, {})
     return model
+
+
+@torch.no_grad()
+def strongest_blocks(weight: Tensor, block_size: int, n_blocks: int) -> BlockTopology:
+    """The ``n_blocks`` blocks of a dense ``weight [out, in]`` with the greatest sum of absolute values.
+
+    Example:
+        >>> strongest_blocks(torch.tensor([[1.0, -5.0], [2.0, 0.0]]), 1, 2).keys().tolist()
+        [1, 2]
+    """
+    rows, cols = weight.shape[0] // block_size, weight.shape[1] // block_size
+    strength = weight.abs().view(rows, block_size, cols, block_size).sum((1, 3)).flatten()
+    keys = strength.topk(n_blocks).indices.sort().values
+    return BlockTopology.from_coordinates(keys // cols, keys % cols, n_block_rows=rows, n_block_cols=cols)
 
 
 def chosen_layers(model: nn.Module, include: Globs, exclude: Globs = ()) -> dict[str, nn.Linear]:

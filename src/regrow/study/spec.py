@@ -120,7 +120,7 @@ class RunSpec:
             "format": RECIPE_FORMAT,
             "size": [size.layers, size.hidden, size.heads],
             "dropout": size.dropout if config.dropout is None else config.dropout,
-            "n_updates": config.updates,
+            "n_updates": config.schedule.n_updates,
             "eval_steps": config.eval_steps or config.steps,
             "data": _corpus_content(config.data),
         }

@@ -1,0 +1,1 @@
+"""Downstream tasks: files of examples, their metrics, and what each asks of the training loop."""

@@ -1,0 +1,45 @@
+"""What a fine-tuned model says of each example, as a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from scipy.special import softmax
+from torch import nn
+
+from regrow.bert.run import writing
+from regrow.bert.tasks.classification import ClassificationProblem
+from regrow.bert.tasks.problem import Problem
+from regrow.bert.tasks.question_answering import QuestionAnsweringProblem
+
+
+def write_predictions(problem: Problem, model: nn.Module, path: Path, batch_size: int = 32) -> None:
+    """Predict the held-out examples into a new file.
+
+    Classes: a TSV file of the example's number, the label, and the probability of each class. Scores: number and score.
+    Questions: a JSON file of the best answer by question id, as SQuAD's official script reads it.
+    """
+    if isinstance(problem, QuestionAnsweringProblem):
+        answers = problem.answers(model, batch_size=batch_size, progress=True)
+        text = json.dumps({name: found[0].text for name, found in answers.items()}, ensure_ascii=False, indent=0) + "\n"
+    else:
+        assert isinstance(problem, ClassificationProblem)
+        text = _table(problem, problem.predict(model, batch_size=batch_size, progress=True))
+    aside = path.with_name(f".partial-{path.name}")
+    with writing(str(path), "choose another --predictions"):
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+
+
+def _table(problem: ClassificationProblem, logits: np.ndarray) -> str:
+    if problem.task.labels is None:
+        lines = ["index\tscore", *(f"{number}\t{score:.6g}" for number, score in enumerate(logits))]
+    else:
+        names = problem.task.labels
+        lines = ["\t".join(["index", "label", *(f"p({name})" for name in names)])]
+        for number, row in enumerate(softmax(logits, -1)):
+            lines.append("\t".join([str(number), names[row.argmax()], *(f"{p:.6g}" for p in row)]))
+    return "\n".join(lines) + "\n"

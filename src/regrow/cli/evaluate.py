@@ -1,0 +1,152 @@
+"""``regrow evaluate``: held-out loss, a task's metrics, or what changed between two models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from regrow.bert.changes import changes
+from regrow.bert.finetune_config import FinetuneConfig
+from regrow.bert.fused import fuse
+from regrow.bert.heldout import HeldOut
+from regrow.bert.pretrain import PretrainConfig
+from regrow.bert.run import RunDirectory, writing
+from regrow.bert.saved import load_saved
+from regrow.bert.tasks.load import load_problem
+from regrow.bert.tasks.predictions import write_predictions
+from regrow.cli import finetune, pretrain
+from regrow.cli.parser import OneLineParser
+from regrow.cli.training import table
+from regrow.errors import RegrowError
+
+
+def run(argv: Sequence[str]) -> int:
+    asked = _parser().parse_args(argv)
+    if asked.json is not None and Path(asked.json).exists():
+        raise RegrowError(f"{asked.json} exists already; choose another --json")
+    if asked.against is not None:
+        found = _compare(asked)
+    elif asked.task is not None or "task" in _saved(asked.model):
+        found = _task(asked)
+    else:
+        found = _heldout(asked)
+    print(table([(name.replace("_", " "), _shown(value)) for name, value in found.items()]))
+    if asked.json is not None:
+        with writing(asked.json, "choose another --json"):
+            Path(asked.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="regrow evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Evaluate a model, as its run was: a pre-trained one on held-out text, a fine-tuned one on its "
+        "task's held-out examples.\nOr compare two models.",
+        epilog="examples:\n"
+        "  regrow evaluate runs/small --pseudo-perplexity 64\n"
+        "  regrow evaluate bert/ --data corpus.txt\n"
+        "  regrow evaluate runs/small-sst2 --predictions sst2.tsv\n"
+        "  regrow evaluate runs/small-sst2 --against runs/small",
+    )
+    parser.add_argument("model", help="directory of a run or of a saved model, sparse or dense")
+    parser.add_argument("--data", help="another corpus, or another folder of the task's files")
+    parser.add_argument("--json", metavar="FILE", help="also write what was found to a new file")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences at a time (default: %(default)s)")
+    text = parser.add_argument_group("pre-trained models")
+    text.add_argument("--sequences", type=int, help="of the held-out text, at most (default: the run's)")
+    text.add_argument(
+        "--pseudo-perplexity",
+        type=int,
+        metavar="N",
+        help="also of N sequences: how surprised the model is by each word given all others",
+    )
+    text.add_argument(
+        "--activations",
+        type=float,
+        metavar="P",
+        help="also how many feed-forward activations can be left out if the perplexity may rise by the share P",
+    )
+    tasks = parser.add_argument_group("fine-tuned models")
+    tasks.add_argument("--task", help="the task, for a model without the configuration of its run")
+    tasks.add_argument("--dev-data", metavar="FILE", help="the file to evaluate on")
+    tasks.add_argument("--text-columns", metavar="A,B", help="for --task classification or regression")
+    tasks.add_argument("--label-column", metavar="C", help="for --task classification or regression")
+    tasks.add_argument("--max-length", type=int, metavar="N", help="tokens of an example")
+    tasks.add_argument("--predictions", metavar="FILE", help="write what the model says of each example to a new file")
+    other = parser.add_argument_group("two models")
+    other.add_argument("--against", metavar="MODEL", help="how many values are still what they are in this model")
+    return parser
+
+
+def _saved(model: str) -> dict[str, Any]:
+    run = RunDirectory(model)
+    return run.read_config() if run.begun else {}
+
+
+def _heldout(asked: argparse.Namespace) -> dict[str, float]:
+    if asked.predictions is not None:
+        raise RegrowError("--predictions is for fine-tuned models; name the --task")
+    given = {"data": asked.data, "eval_sequences": asked.sequences}
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if RunDirectory(asked.model).begun:
+        config = pretrain.COMMAND.saved(RunDirectory(asked.model), *flags)
+    elif asked.data is None:
+        raise RegrowError(f"{asked.model} is no run, so give the text to evaluate on with --data")
+    else:
+        config = PretrainConfig(**{name: value for name, value in given.items() if value is not None})
+    heldout = HeldOut(asked.model, config, asked.batch_size)
+    found = heldout.losses()
+    if asked.pseudo_perplexity is not None:
+        found["pseudo_perplexity"] = heldout.pseudo_perplexity(asked.pseudo_perplexity)
+    if asked.activations is not None:
+        sparsity = heldout.activation_sparsity(asked.activations)
+        found[f"activations_left_out_at_{asked.activations:g}"] = sparsity.share
+        found |= {f"of_{name}": share for name, share in sparsity.by_layer.items()}
+    return found
+
+
+def _task(asked: argparse.Namespace) -> dict[str, float]:
+    if asked.pseudo_perplexity is not None or asked.activations is not None:
+        raise RegrowError("--pseudo-perplexity and --activations are for pre-trained models")
+    if asked.predictions is not None and Path(asked.predictions).exists():
+        raise RegrowError(f"{asked.predictions} exists already; choose another --predictions")
+    given = {
+        name: value
+        for name in ("task", "data", "dev_data", "text_columns", "label_column", "max_length")
+        if (value := getattr(asked, name)) is not None
+    }
+    if "data" in given:
+        given.setdefault("dev_data", given["data"])  # instead of the run's own file
+    if "task" in _saved(asked.model):
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        config = finetune.COMMAND.saved(RunDirectory(asked.model), *flags, f"--model={asked.model}")
+    else:
+        config = FinetuneConfig(model=asked.model, **given)
+    model = load_saved(asked.model)
+    problem, _ = load_problem(config, train=False)
+    if not type(model).__name__.endswith(problem.head):
+        raise RegrowError(f"{asked.model} is a {type(model).__name__}, without a head for {config.task}; fine-tune it")
+    fuse(model)
+    if asked.predictions is not None:
+        write_predictions(problem, model, Path(asked.predictions), asked.batch_size)
+    return problem.evaluate(model, batch_size=asked.batch_size, progress=True)
+
+
+def _compare(asked: argparse.Namespace) -> dict[str, float]:
+    found = changes(load_saved(asked.against), load_saved(asked.model))
+    rows: dict[str, float] = {}
+    for name, change in found.items():
+        values = asdict(change)
+        if not change.n_blocks:
+            values = {key: value for key, value in values.items() if key not in ("n_blocks", "churn")}
+        rows |= {f"{name}:_{key}": value for key, value in values.items()}
+    return rows
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
