@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from regrow.bert.options import TrainingOptions
 from regrow.bert.tasks.task import task_named
 from regrow.errors import RegrowError
 from regrow.topology.distribution import check_density
+from regrow.training import UpdateSchedule
 from regrow.training.finite import OnNonfinite
 from regrow.training.schedule import Decay
 
@@ -96,6 +97,8 @@ class FinetuneConfig(TrainingOptions):
             check_density(self.density)
         elif self.sparsify == "gradual":
             raise RegrowError("sparsify='gradual' needs --density, which it is to reach")
+        if self.sparsify == "gradual" and self.n_updates is not None and self.n_updates < 4:
+            raise RegrowError(f"sparsify='gradual' needs at least 4 updates, got n_updates={self.n_updates}")
         if self.sparsify == "gradual" and self.topology != "fixed":
             raise RegrowError(f"sparsify='gradual' moves the pattern itself; drop --topology {self.topology}")
         if self.density is not None and self.topology == "dense":
@@ -105,6 +108,12 @@ class FinetuneConfig(TrainingOptions):
             task_named(self.task, self.columns, self.label_column)
         elif self.text_columns or self.label_column:
             raise RegrowError("text_columns and label_column are for --task classification or regression, not squad")
+
+    def schedule_over(self, steps: int) -> UpdateSchedule:
+        """As in every training, but gradual pruning takes at least 20 steps down where there are so many."""
+        if self.sparsify == "gradual" and self.n_updates is None:
+            return replace(self, n_updates=min(steps, max(20, steps // 50))).schedule_over(steps)
+        return super().schedule_over(steps)
 
     @property
     def columns(self) -> list[str]:

@@ -44,7 +44,7 @@ def load_saved(path: str | Path, model_class: Any = None, **changes: Any) -> Pre
     Raises:
         RegrowError: there is no model, its files are damaged, or transformers does not know its class.
     """
-    folder = str(path) if _is_hub_name(path) else str(model_folder(path))
+    folder = str(path) if is_hub_name(path) else str(model_folder(path))
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -62,7 +62,7 @@ def load_saved(path: str | Path, model_class: Any = None, **changes: Any) -> Pre
             logging.enable_progress_bar()
 
 
-def _is_hub_name(path: str | Path) -> bool:
+def is_hub_name(path: str | Path) -> bool:
     """Whether it can only be one: as ``user/name``, and nothing on disk."""
     return isinstance(path, str) and not Path(path).exists() and path.count("/") == 1 and path[0] not in "./~"
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from regrow.bert.finetune_config import FinetuneConfig
-from regrow.bert.saved import model_folder
+from regrow.bert.saved import is_hub_name, model_folder
 from regrow.bert.squad import read_squad
 from regrow.bert.tasks.classification import ClassificationProblem
 from regrow.bert.tasks.problem import Problem
@@ -25,9 +25,9 @@ def load_problem(config: FinetuneConfig, *, train: bool = True) -> tuple[Problem
     Raises:
         RegrowError: see :func:`finetune`.
     """
-    local = Path(config.model).exists()
-    folder = str(model_folder(config.model)) if local or config.model.count("/") != 1 else config.model
-    tokenizer = load_tokenizer(config.model if local and _has_vocabulary(Path(config.model)) else folder)
+    folder = config.model if is_hub_name(config.model) else str(model_folder(config.model))
+    # a run under way keeps its tokenizer beside its checkpoints, not in them
+    tokenizer = load_tokenizer(config.model if _has_vocabulary(Path(config.model)) else folder)
     saved = AutoConfig.from_pretrained(folder)
     max_length = _max_length(config, saved.max_position_embeddings)
     if config.task == "squad":
