@@ -1,0 +1,93 @@
+"""Fine-tune several encoders on several tasks with several seeds, and make a table of it.
+
+    python benchmarks/downstream.py runs/downstream --data glue \\
+        --models sparse=runs/small,narrow=runs/narrow,dense=runs/dense --tasks sst2,cola,mrpc,rte,stsb --seeds 3
+
+``--data`` holds a folder for each task, named as GLUE's are. Every run is one of ``regrow finetune`` in a folder of its
+own, so what is finished is not repeated, and Ctrl-C loses nothing. After ``--`` come more flags for that command.
+``--table`` writes the table as Markdown, with a row for each model: mean and standard deviation over seeds of the
+task's main metric, times 100, and seconds of a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+from regrow.bert.finetune import finetune, last_evaluation
+from regrow.bert.run import RunDirectory
+from regrow.bert.tasks.task import GLUE
+from regrow.cli.finetune import COMMAND
+from regrow.cli.parser import list_of
+
+FOLDERS = {"sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B", "qnli": "QNLI"}
+
+
+def main() -> int:
+    """Train what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder for all runs")
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each task")
+    parser.add_argument("--models", type=list_of(str), required=True, metavar="NAME=PATH,...", help="what to compare")
+    parser.add_argument("--tasks", type=list_of(str), default=list(FOLDERS)[:5], help="of GLUE")
+    parser.add_argument("--seeds", type=int, default=3, help="of each")
+    parser.add_argument("--epochs", type=list_of(str), default=["4", "sst2=1"], help="of all tasks, and of single ones")
+    parser.add_argument("--table", type=Path, help="file for the table")
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked, flags = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    models = dict(pair.split("=", 1) for pair in asked.models)
+    epochs = dict.fromkeys(asked.tasks, asked.epochs[0]) | dict(pair.split("=") for pair in asked.epochs[1:])
+    todo = [
+        (seed, task, name) for seed in range(asked.seeds) for task in asked.tasks for name in models
+    ]  # seed by seed: a table of fewer seeds comes first
+    for number, (seed, task, name) in enumerate(todo, start=1):
+        print(f"run {number} of {len(todo)}: {name} on {task}, seed {seed}", file=sys.stderr)
+        own = [f"--model={models[name]}", f"--task={task}", f"--data={asked.data / FOLDERS[task]}"]
+        if not train([*own, f"--epochs={epochs[task]}", f"--seed={seed}", *flags], folder(asked, name, task, seed)):
+            return 130
+    text = table(asked, list(models))
+    print(text)
+    if asked.table is not None:
+        asked.table.write_text(text + "\n")
+    return 0
+
+
+def folder(asked: argparse.Namespace, name: str, task: str, seed: int) -> Path:
+    """Of one run."""
+    return asked.output / f"{name}-{task}-{seed}"
+
+
+def train(flags: list[str], to: Path) -> bool:
+    """Run one fine-tuning to its end, or go on with it; whether it ended."""
+    if (to / "config.json").exists():
+        return True
+    resume = ["--resume"] if RunDirectory(to).begun else []
+    config, method, resumes = COMMAND.parse([*flags, f"--output={to}", *resume])
+    return finetune(config, method, resume=resumes).finished
+
+
+def table(asked: argparse.Namespace, names: list[str]) -> str:
+    """Rows of models, columns of tasks."""
+    metrics = [GLUE[task].metrics[0] for task in asked.tasks]
+    titles = [f"{FOLDERS[task]} ({metric})" for task, metric in zip(asked.tasks, metrics, strict=True)]
+    lines = [f"| model | {' | '.join(titles)} | mean |", "|---" * (len(titles) + 2) + "|"]
+    for name in names:
+        cells, means = [], []
+        for task, metric in zip(asked.tasks, metrics, strict=True):
+            values, seconds = [], []
+            for seed in range(asked.seeds):
+                run = RunDirectory(folder(asked, name, task, seed))
+                found, took = last_evaluation(run, run.read_metrics()[-1]["step"])
+                values.append(100 * (found or {})[metric])
+                seconds.append(took)
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.1f}{spread}, {fmean(seconds):.0f} s")
+            means.append(fmean(values))
+        lines.append(f"| {name} | {' | '.join(cells)} | {fmean(means):.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
