@@ -370,7 +370,7 @@ def test_best_answers_check_their_arguments(tokenizer):
         ({"end_logits": start[:, :6]}, r"end_logits has shape \[2, 6\]"),
         ({"end_logits": np.full((2, 7), np.nan)}, "logits of window 0 are not finite"),
         ({"questions": questions[:1]}, "number 1 is of question 1, and there are 1"),
-        ({"questions": questions[::-1] + questions}, "none is of question 'q'"),
+        ({"questions": [*questions, Question("s", "who", "a")]}, "none is of question 's'"),
         ({"questions": [questions[0]] * 2}, "number 1 ends behind the context of question 'q'"),
         ({"questions": [questions[1]] * 2}, "two have the id 'r'"),
     ]:
