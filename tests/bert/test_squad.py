@@ -370,7 +370,7 @@ def test_best_answers_check_their_arguments(tokenizer):
         ({"end_logits": start[:, :6]}, r"end_logits has shape \[2, 6\]"),
         ({"end_logits": np.full((2, 7), np.nan)}, "logits of window 0 are not finite"),
         ({"questions": questions[:1]}, "number 1 is of question 1, and there are 1"),
-        ({"questions": questions[::-1] + questions}, "none is of question 'q'"),
+        ({"questions": [*questions, Question("s", "who", "a")]}, "none is of question 's'"),
         ({"questions": [questions[0]] * 2}, "number 1 ends behind the context of question 'q'"),
         ({"questions": [questions[1]] * 2}, "two have the id 'r'"),
     ]:
@@ -435,14 +435,13 @@ def test_scores_check_their_arguments():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
-@pytest.mark.parametrize(
-    ("file", "n_questions", "least"), [("train_subset.json.xz", 8244, 98.0), ("eval_xquad_en.json", 1190, 98.0)]
-)
-def test_real_answers_survive(file, n_questions, least):
+@pytest.mark.parametrize(("file", "n_questions"), [("train_subset.json.xz", 8244), ("eval_xquad_en.json", 1190)])
+def test_real_answers_survive(file, n_questions):
     questions = read_squad(SHARED / "squad" / file)
     assert len(questions) == n_questions
     found = windows(questions, load_tokenizer(SHARED / "vocab/bert-base-uncased-vocab.txt"))
     assert {window.question for window in found if window.start} == set(range(n_questions))
     best = best_answers(questions, found, *perfect(found))
     metrics = squad_metrics(questions, {identity: candidates[0].text for identity, candidates in best.items()})
-    assert metrics["exact_match"] > least and metrics["f1"] > 99
+    # A few answers are longer than 30 tokens, or end within a word piece.
+    assert metrics["exact_match"] > 99.6 and metrics["f1"] > 99.6

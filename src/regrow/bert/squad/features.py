@@ -97,8 +97,8 @@ def windows(
     >>> question = Question("q1", "who", "a b c d e", (Answer("d", 6),))
     >>> for window in windows([question], tokenizer, max_length=7, stride=2, query_length=2):
     ...     print(" ".join(tokenizer.convert_ids_to_tokens(window.input_ids)), window.start, window.most_context)
-    [CLS] who [SEP] a b c [SEP] 0 [ True  True False]
-    [CLS] who [SEP] c d e [SEP] 4 [ True  True  True]
+    [CLS] who [SEP] a b c [SEP] 0 [ True  True  True]
+    [CLS] who [SEP] c d e [SEP] 4 [False  True  True]
     """
     _check(tokenizer, max_length, stride, query_length)
     # A context has some five questions: each text is tokenized once.
