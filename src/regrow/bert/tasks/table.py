@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from regrow.bert.corpus import OPENERS, numbered_lines
+from regrow.bert.files import OPENERS, numbered_lines
 from regrow.errors import RegrowError
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
