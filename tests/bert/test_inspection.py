@@ -62,7 +62,8 @@ def data(path: Path, tmp_path: Path, *more: str) -> dict:
 def test_numbers_are_those_of_the_dense_weight(block_size: int, density: float) -> None:
     layer = BlockSparseLinear(64, 96, block_size=block_size, density=density)
     layer.values.data[0] = 0  # a block of zeros reaches nothing
-    layer.values.data[:, 0] = 0
+    if block_size > 1:
+        layer.values.data[:, 0] = 0
     report, dense = inspect_layer("x", layer), layer.to_dense().double()
     assert report.norm == pytest.approx(float(dense.norm()))
     assert report.mean_abs == pytest.approx(float(dense.abs().sum()) / layer.values.numel())
@@ -141,7 +142,7 @@ def test_numbers_that_are_none_are_shown_and_saved_as_null(
     save_file(tensors, path, metadata={"format": "pt"})
     layer = data(run, tmp_path)["layers"][0]
     assert layer["norm"] is None and layer["mean_abs"] is None
-    assert capsys.readouterr().out.splitlines()[3].split()[8:10] == ["nan", "nan"]
+    assert capsys.readouterr().out.splitlines()[3].split()[7:9] == ["nan", "nan"]
     cells = pattern(dict(named_sparse_layers(load_saved(run)))[QUERY])
     assert int(cells.isinf().sum()) == 1
 

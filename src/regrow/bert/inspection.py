@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from regrow.bert.model import dense_bytes, stored_bytes
 from regrow.bert.run import CHECKPOINTS, TOPOLOGY_LOG, RunDirectory
@@ -113,9 +114,10 @@ def inspect_model(
     every = [layer for _, layer in named_sparse_layers(model)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     absent = sum(layer.in_features * layer.out_features - layer.values.numel() for layer in every)
+    named = tqdm(chosen.items(), desc="inspecting", leave=False, delay=2)  # a small model needs no bar
     return Inspection(
         model_class=type(model).__name__,
-        layers=tuple(inspect_layer(name, layer, history.get(name)) for name, layer in chosen.items()),
+        layers=tuple(inspect_layer(name, layer, history.get(name)) for name, layer in named),
         density=density_of(chosen.values()),
         parameters=parameters,
         dense_parameters=parameters + absent,

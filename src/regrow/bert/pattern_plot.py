@@ -29,6 +29,7 @@ _PLACES = {  # of a layer's weights in the encoders of the BERT family, in the o
 }
 _WRAP = 6  # panels side by side, of models whose layers have other names
 _PANEL = 1.75  # inches
+_PATIENCE = 2  # seconds before a progress bar appears
 
 
 @torch.no_grad()
@@ -115,11 +116,12 @@ def plot_patterns(layers: Mapping[str, BlockSparseLinear], path: Path, *, title:
     grid, is_encoder = grid_of(list(layers))
     figure = new_figure(max(_PANEL * len(grid[0]), 4) + 0.9, _PANEL * len(grid) + 0.9)
     panels = figure.subplots(len(grid), len(grid[0]), squeeze=False)
-    pictures = {name: pattern(layer) for name, layer in layers.items()}
+    named = tqdm(layers.items(), desc="reading patterns", leave=False, delay=_PATIENCE)
+    pictures = {name: pattern(layer) for name, layer in named}
     largest = _largest(list(pictures.values()))
     image = None
     cells = [(axes, name) for row, line in zip(panels, grid, strict=True) for axes, name in zip(row, line, strict=True)]
-    for axes, name in tqdm(cells, desc="drawing", leave=False, disable=len(cells) < 50):
+    for axes, name in tqdm(cells, desc="drawing", leave=False, delay=_PATIENCE):
         axes.set(xticks=[], yticks=[])
         if name is None:
             axes.set_frame_on(False)
