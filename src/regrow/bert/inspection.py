@@ -22,8 +22,6 @@ from regrow.topology import ExploredPositions
 from regrow.training.checkpoint import TOPOLOGY_FILE, damaged, load_tensors
 from regrow.training.checks import header, is_count, is_number, wrong_counters, wrong_history
 
-_UNMOVED = -1  # last_update_step of a topology that no update has moved yet
-
 
 @dataclass(frozen=True)
 class LayerHistory:
@@ -226,7 +224,9 @@ def checkpoint_history(folder: str | Path, model: nn.Module) -> dict[str, LayerH
         explored.bits, allocated_at, start = parts.values()
         if wrong := wrong_history(layer.topology, explored.bits, allocated_at, int(start), n_steps):
             raise damaged(path, f"{name}: {wrong}")
-        found[name] = LayerHistory(explored.coverage, None, None if last == _UNMOVED else last)
+        # An update need not move every layer; where it only takes blocks away, none that is left tells when.
+        newest = int(allocated_at.max()) if int(start) == layer.topology.n_blocks else max(last, 0)
+        found[name] = LayerHistory(explored.coverage, None, newest or None)
     return found
 
 
