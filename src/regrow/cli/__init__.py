@@ -20,6 +20,7 @@ COMMANDS = {
     "advise": "say which block sizes and densities pay off here",
     "flops": "count the floating-point operations of a training step",
     "study": "train many runs that together answer a question",
+    "inspect": "show the sparse layers of a saved model: blocks, weights, dead outputs, how patterns moved",
     "methods": "list the sparse-training methods",
     "report": "make one page of run records: curves, Pareto fronts, patterns, claims",
 }
