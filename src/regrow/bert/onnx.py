@@ -1,9 +1,7 @@
 """Export to ONNX, with the sparse layers as dense products or as products of the existing blocks only.
 
-``blocks`` writes a sparse layer with plain operators. Block rows with equally many blocks ``k`` form a group, whose
-blocks are one tensor ``[rows, b, k * b]``. The input is turned to ``[columns, b, tokens]``, of which one ``Gather``
-takes the ``k`` panels of each row, ``[rows, k * b, tokens]``, and one batched ``MatMul`` multiplies and adds up. So
-there is no padding, nothing is scattered, and the file holds each existing weight once.
+PyTorch's exporter writes the graph from transformers' own code; a sparse layer of which only blocks are wanted is one
+marked node there, which :mod:`regrow.bert.onnx_blocks` expands. What was written is run by onnxruntime and compared.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 
 from regrow.bert.export import Exported, compare, new_output, plain_copy, random_batches
 from regrow.bert.model import dense_bytes, stored_bytes
+from regrow.bert.onnx_blocks import block_product
 from regrow.bert.run import writing
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, densify, named_sparse_layers
@@ -193,85 +192,12 @@ def _expand(onnx: Any, document: Any, layers: Mapping[str, BlockSparseLinear]) -
             document.graph.node.append(node)
             continue
         name = onnx.helper.get_node_attr_value(node, "layer").decode()
-        tensors, expansion = block_product(onnx.helper, layers[name], name, node.input[0], node.output[0])
-        document.graph.node.extend(expansion)
-        document.graph.initializer.extend(onnx.numpy_helper.from_array(t.numpy(), key) for key, t in tensors.items())
+        part = block_product(onnx, layers[name], name, node.input[0], node.output[0])
+        document.graph.node.extend(part.nodes)
+        document.graph.initializer.extend(part.constants)
     standard = [entry for entry in document.opset_import if not entry.domain]
     document.ClearField("opset_import")
     document.opset_import.extend(standard)
-
-
-def block_product(
-    helper: Any, layer: BlockSparseLinear, name: str, x: str, y: str
-) -> tuple[dict[str, Tensor], list[Any]]:
-    """``y = x W^T`` of a sparse layer, without its bias, in ONNX.
-
-    For each group of block rows with ``k`` blocks each: ``y^T[rows] = blocks [rows, b, k * b] @ x^T[columns]``.
-
-    Args:
-        helper: the module ``onnx.helper``.
-        name: what names of tensors begin with.
-        x, y: names of the input ``[..., in_features]`` and the output ``[..., out_features]``.
-
-    Returns:
-        constants by name, and nodes in order.
-    """
-    b, topology = layer.block_size, layer.topology
-    nodes: list[Any] = []
-    constants = {
-        "tokens_last": torch.tensor([topology.n_block_cols, b, -1]),
-        "tokens_first": torch.tensor([-1, layer.in_features]),
-        "rows_last": torch.tensor([layer.out_features, -1]),
-        "width": torch.tensor([layer.out_features]),
-    }
-
-    def add(operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        names = [f"{name}.{key}" if key in constants or key in made else key for key in inputs]
-        made.add(output)
-        nodes.append(helper.make_node(operator, names, [output if output == y else f"{name}.{output}"], **attributes))
-        return output
-
-    made: set[str] = set()
-    add("Reshape", [x, "tokens_first"], "x")
-    add("Transpose", ["x"], "x_t", perm=[1, 0])
-    add("Reshape", ["x_t", "tokens_last"], "panels")
-    parts = []
-    for k, (blocks, columns) in grouped_blocks(layer).items():
-        constants |= {f"blocks_{k}": blocks, f"columns_{k}": columns.int()}
-        constants[f"shape_{k}"] = torch.tensor([len(blocks), blocks.shape[2], -1])
-        add("Gather", ["panels", f"columns_{k}"], f"gathered_{k}", axis=0)
-        add("Reshape", [f"gathered_{k}", f"shape_{k}"], f"operand_{k}")
-        parts.append(add("MatMul", [f"blocks_{k}", f"operand_{k}"], f"part_{k}"))
-    constants["order"] = row_order(layer).int()
-    add("Concat", parts, "parts", axis=0)
-    add("Gather", ["parts", "order"], "rows", axis=0)
-    add("Reshape", ["rows", "rows_last"], "y_t")
-    add("Transpose", ["y_t"], "y", perm=[1, 0])
-    add("Shape", [x], "leading", end=-1)
-    add("Concat", ["leading", "width"], "shape", axis=0)
-    add("Reshape", ["y", "shape"], y)
-    return {f"{name}.{key}": tensor.contiguous() for key, tensor in constants.items()}, nodes
-
-
-def grouped_blocks(layer: BlockSparseLinear) -> dict[int, tuple[Tensor, Tensor]]:
-    """Blocks of rows with equally many: ``{k: (blocks [rows, b, k * b], columns [rows * k])}``, ``k`` ascending."""
-    b, (row_ptr, col_idx, slot) = layer.block_size, (index.long() for index in layer.topology.indices())
-    counts, groups = row_ptr.diff(), {}
-    for k in counts.unique().tolist():
-        rows = (counts == k).nonzero().squeeze(1)
-        if k == 0:  # a product over nothing, which ONNX has not: one block of zeros each
-            groups[k] = layer.values.new_zeros(len(rows), b, b).detach(), torch.zeros_like(rows)
-            continue
-        entries = row_ptr[rows][:, None] + torch.arange(k)
-        blocks = layer.values.detach()[slot[entries]].transpose(1, 2).reshape(len(rows), b, k * b)
-        groups[k] = blocks, col_idx[entries].flatten()
-    return groups
-
-
-def row_order(layer: BlockSparseLinear) -> Tensor:
-    """Where each block row is, ``[R]`` int64, when rows are sorted by their number of blocks."""
-    counts = layer.topology.row_ptr.diff()
-    return counts.argsort(stable=True).argsort()
 
 
 def _session(onnx: Any, runtime: Any, path: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
