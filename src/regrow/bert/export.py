@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.bert.modeling_bert import BertLayer, BertModel
+from transformers.utils import logging
 
 from regrow.bert import model as pretraining
 from regrow.bert.fused import FusedBertLayer
@@ -80,10 +81,7 @@ def export_dense(source: str | Path, out: str | Path) -> Exported:
     with new_output(out) as aside:
         model, tokenizer = load_saved(source), saved_tokenizer(source)
         reference = plain_copy(model)
-        with writing(str(out), "choose another OUT"):
-            densify(model).save_pretrained(aside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(aside)
+        save(densify(model), tokenizer, aside, out)
         written = load_saved(aside, dtype=torch.float32)
         difference = compare(reference, lambda batch: written(**batch), random_batches(model.config))
         n_bytes = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
@@ -137,6 +135,24 @@ def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # the library behind it has no type of its own for a damaged file
         raise RegrowError(f"cannot load the tokenizer of {folder}: {' '.join(str(error).split())}") from None
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, aside: Path, out: str | Path) -> None:
+    """Write a model and its tokenizer into the directory ``aside``, which errors call ``out``.
+
+    Raises:
+        RegrowError: it cannot be written.
+    """
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one of transformers' own, over a single file
+    try:
+        with writing(str(out), "choose another OUT"):
+            model.save_pretrained(aside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:

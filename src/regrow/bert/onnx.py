@@ -124,6 +124,10 @@ def _packages() -> tuple[Any, Any]:
         import onnxscript  # noqa: F401  (PyTorch's exporter needs it)
     except ImportError as error:
         raise RegrowError(f'export to ONNX needs {error.name}: pip install "regrow[onnx]"') from None
+    if not hasattr(torch.onnx, "ops"):
+        raise RegrowError(
+            f"export to ONNX needs torch.onnx.ops, which PyTorch {torch.__version__} has not; upgrade torch"
+        )
     return onnx, onnxruntime
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from regrow.bert.export import new_output, saved_tokenizer
-from regrow.bert.run import writing
+from regrow.bert.export import new_output, save, saved_tokenizer
 from regrow.bert.saved import load_saved
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, named_sparse_layers
@@ -137,10 +136,7 @@ def save_soup(sources: Sequence[str | Path], out: str | Path, *, progress: bool 
                 tokenizer, owner = found, str(source)
         bar = tqdm(sources, "averaging", unit=" models", disable=not progress)
         result = soup((load_saved(source) for source in bar), names)
-        with writing(str(out), "choose another OUT"):
-            result.save_pretrained(aside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(aside)
+        save(result, tokenizer, aside, out)
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:
