@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "measure sparse against dense on this machine",
     "advise": "say which block sizes and densities pay off here",
     "flops": "count the floating-point operations of a training step",
+    "export": "write a model for programs without regrow, or average models",
     "study": "train many runs that together answer a question",
     "inspect": "show the sparse layers of a saved model: blocks, weights, dead outputs, how patterns moved",
     "methods": "list the sparse-training methods",
