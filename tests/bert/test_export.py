@@ -13,9 +13,10 @@ from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
 from regrow import BlockSparseLinear, RegrowError, sparsify
-from regrow.bert.export import HEADS, compare, export_dense, new_output, plain_copy, random_batches
+from regrow.bert.export import HEADS, compare, export_dense, plain_copy, random_batches
 from regrow.bert.fused import Fusions, fuse
 from regrow.bert.model import build_model, dense_bytes, stored_bytes
+from regrow.bert.output import new_output
 from regrow.bert.saved import load_saved
 from regrow.bert.soup import greedy_soup, save_soup, soup
 from regrow.bert.tokenizer import train_wordpiece

@@ -213,7 +213,7 @@ def test_command_line_trains_evaluates_predicts_and_compares(encoder, reviews, t
     lines = predictions.read_text().splitlines()
     assert lines[0] == "index\tlabel\tp(bad)\tp(good)" and len(lines) == 65
     assert main(["evaluate", str(run), "--predictions", str(predictions)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--against", str(encoder)]) == 0
     assert "sparse weights: churn" in capsys.readouterr().out
     assert main(["evaluate", str(encoder), *table]) == 2

@@ -8,10 +8,7 @@ directory of transformers.
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from transformers.utils import logging
 
 from regrow.bert import model as pretraining
 from regrow.bert.fused import FusedBertLayer
+from regrow.bert.output import new_output
 from regrow.bert.run import writing
 from regrow.bert.saved import load_saved, model_folder
 from regrow.errors import RegrowError
@@ -86,39 +84,6 @@ def export_dense(source: str | Path, out: str | Path) -> Exported:
         difference = compare(reference, lambda batch: written(**batch), random_batches(model.config))
         n_bytes = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
     return Exported(Path(out), n_bytes, difference)
-
-
-@contextmanager
-def new_output(out: str | Path) -> Iterator[Path]:
-    """A path in a scratch directory beside ``out``; what is written there becomes ``out`` if all went well.
-
-    Raises:
-        RegrowError: ``out`` exists, or cannot be written.
-
-    Example:
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with new_output(folder / "answer.txt") as aside:
-        ...     n = aside.write_text("42")
-        >>> [path.name for path in folder.iterdir()]
-        ['answer.txt']
-    """
-    out = Path(out)
-    _refuse_existing(out)
-    with writing(str(out), "choose another OUT"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield scratch / out.name
-        _refuse_existing(out)  # somebody else may have written it meanwhile
-        with writing(str(out), "choose another OUT"):
-            (scratch / out.name).rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise RegrowError(f"{out} exists; choose another OUT, nothing is overwritten")
 
 
 def saved_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from regrow.bert.export import Exported, compare, new_output, plain_copy, random_batches
+from regrow.bert.export import Exported, compare, plain_copy, random_batches
 from regrow.bert.model import dense_bytes, stored_bytes
 from regrow.bert.onnx_blocks import block_product
+from regrow.bert.output import new_output
 from regrow.bert.run import writing
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, densify, named_sparse_layers

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from regrow.bert.export import new_output, save, saved_tokenizer
+from regrow.bert.export import save, saved_tokenizer
+from regrow.bert.output import new_output
 from regrow.bert.saved import load_saved
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, named_sparse_layers

@@ -13,8 +13,9 @@ from regrow.bert.changes import changes
 from regrow.bert.finetune_config import FinetuneConfig
 from regrow.bert.fused import fuse
 from regrow.bert.heldout import HeldOut
+from regrow.bert.output import check_new, new_output
 from regrow.bert.pretrain import PretrainConfig
-from regrow.bert.run import RunDirectory, writing
+from regrow.bert.run import RunDirectory
 from regrow.bert.saved import load_saved
 from regrow.bert.tasks.load import load_problem
 from regrow.bert.tasks.predictions import write_predictions
@@ -26,8 +27,9 @@ from regrow.errors import RegrowError
 
 def run(argv: Sequence[str]) -> int:
     asked = _parser().parse_args(argv)
-    if asked.json is not None and Path(asked.json).exists():
-        raise RegrowError(f"{asked.json} exists already; choose another --json")
+    for path in (asked.json, asked.predictions):
+        if path is not None:
+            check_new(path)
     if asked.against is not None:
         found = _compare(asked)
     elif asked.task is not None or "task" in _saved(asked.model):
@@ -36,8 +38,8 @@ def run(argv: Sequence[str]) -> int:
         found = _heldout(asked)
     print(table([(name.replace("_", " "), _shown(value)) for name, value in found.items()]))
     if asked.json is not None:
-        with writing(asked.json, "choose another --json"):
-            Path(asked.json).write_text(json.dumps(found, indent=1) + "\n")
+        with new_output(asked.json) as aside:
+            aside.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
@@ -55,7 +57,7 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("model", help="directory of a run or of a saved model, sparse or dense")
     parser.add_argument("--data", help="another corpus, or another folder of the task's files")
-    parser.add_argument("--json", metavar="FILE", help="also write what was found to a new file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found to a new file")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences at a time (default: %(default)s)")
     text = parser.add_argument_group("pre-trained models")
     text.add_argument("--sequences", type=int, help="of the held-out text, at most (default: the run's)")
@@ -77,7 +79,9 @@ def _parser() -> OneLineParser:
     tasks.add_argument("--text-columns", metavar="A,B", help="for --task classification or regression")
     tasks.add_argument("--label-column", metavar="C", help="for --task classification or regression")
     tasks.add_argument("--max-length", type=int, metavar="N", help="tokens of an example")
-    tasks.add_argument("--predictions", metavar="FILE", help="write what the model says of each example to a new file")
+    tasks.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="new file for what it says of each example"
+    )
     other = parser.add_argument_group("two models")
     other.add_argument("--against", metavar="MODEL", help="how many values are still what they are in this model")
     return parser
@@ -113,8 +117,6 @@ def _heldout(asked: argparse.Namespace) -> dict[str, float]:
 def _task(asked: argparse.Namespace) -> dict[str, float]:
     if asked.pseudo_perplexity is not None or asked.activations is not None:
         raise RegrowError("--pseudo-perplexity and --activations are for pre-trained models")
-    if asked.predictions is not None and Path(asked.predictions).exists():
-        raise RegrowError(f"{asked.predictions} exists already; choose another --predictions")
     given = {
         name: value
         for name in ("task", "data", "dev_data", "text_columns", "label_column", "max_length")
@@ -133,7 +135,7 @@ def _task(asked: argparse.Namespace) -> dict[str, float]:
         raise RegrowError(f"{asked.model} is a {type(model).__name__}, without a head for {config.task}; fine-tune it")
     fuse(model)
     if asked.predictions is not None:
-        write_predictions(problem, model, Path(asked.predictions), asked.batch_size)
+        write_predictions(problem, model, asked.predictions, asked.batch_size)
     return problem.evaluate(model, batch_size=asked.batch_size, progress=True)
 
 

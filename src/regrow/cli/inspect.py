@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from regrow.bert.inspection import (
     read_history,
     sparse_layers,
 )
-from regrow.bert.run import writing
+from regrow.bert.output import check_new, new_output
 from regrow.bert.saved import load_saved, model_folder
 from regrow.cli.parser import OneLineParser
 from regrow.errors import RegrowError
@@ -62,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     if len(set(outputs)) < len(outputs):
         raise RegrowError(f"--json and --plot are both {asked.plot}; name two files")
     for path in outputs:
-        _check_new(path)
+        check_new(path)
     if asked.plot is not None:
         from regrow.bert.pattern_plot import check_can_draw, plot_patterns
 
@@ -72,11 +71,15 @@ def run(argv: Sequence[str]) -> int:
     print(table(report, asked.model))
     if asked.json is not None:
         document = json.dumps(as_dict(report, asked.model), indent=1, allow_nan=False) + "\n"
-        _write_new(asked.json, lambda aside: aside.write_text(document))
+        with new_output(asked.json) as aside:
+            aside.write_text(document)
+        print(asked.json)
     if asked.plot is not None:
         title = f"{asked.model}: where the blocks are"
         chosen = sparse_layers(model, asked.layers)
-        _write_new(asked.plot, lambda aside: plot_patterns(chosen, aside, title=title))
+        with new_output(asked.plot) as aside:
+            plot_patterns(chosen, aside, title=title)
+        print(asked.plot)
     return 0
 
 
@@ -161,23 +164,3 @@ def _common_prefix(names: Sequence[str]) -> str:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}"
-
-
-def _check_new(path: Path) -> None:
-    if path.exists():
-        raise RegrowError(f"{path} exists and is not overwritten; choose another name")
-    if not path.parent.is_dir():
-        raise RegrowError(f"{path}: there is no folder {path.parent}; make it first")
-
-
-def _write_new(path: Path, write: Callable[[Path], object]) -> None:
-    """Beside its place first, so that nobody finds half of it."""
-    aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        with writing(str(path), "choose another place"):
-            write(aside)
-            _check_new(path)
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    print(path)

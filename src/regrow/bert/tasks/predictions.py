@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from scipy.special import softmax
 from torch import nn
 
-from regrow.bert.run import writing
+from regrow.bert.output import new_output
 from regrow.bert.tasks.classification import ClassificationProblem
 from regrow.bert.tasks.problem import Problem
 from regrow.bert.tasks.question_answering import QuestionAnsweringProblem
@@ -28,10 +27,8 @@ def write_predictions(problem: Problem, model: nn.Module, path: Path, batch_size
     else:
         assert isinstance(problem, ClassificationProblem)
         text = _table(problem, problem.predict(model, batch_size=batch_size, progress=True))
-    aside = path.with_name(f".partial-{path.name}")
-    with writing(str(path), "choose another --predictions"):
+    with new_output(path) as aside:
         aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
 
 
 def _table(problem: ClassificationProblem, logits: np.ndarray) -> str:
