@@ -79,9 +79,7 @@ def _parser() -> OneLineParser:
     tasks.add_argument("--text-columns", metavar="A,B", help="for --task classification or regression")
     tasks.add_argument("--label-column", metavar="C", help="for --task classification or regression")
     tasks.add_argument("--max-length", type=int, metavar="N", help="tokens of an example")
-    tasks.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="new file for what it says of each example"
-    )
+    tasks.add_argument("--predictions", type=Path, metavar="FILE", help="new file for what it says of each example")
     other = parser.add_argument_group("two models")
     other.add_argument("--against", metavar="MODEL", help="how many values are still what they are in this model")
     return parser

@@ -15,6 +15,7 @@ COMMAND = TrainingCommand(
     "Pre-train a BERT (masked words and next sentences) whose encoder is always sparse.",
     "regrow pretrain --data corpus.txt --size tiny --density 0.1 --block-size 16 --steps 200 --output runs/first",
     MAY_CHANGE,
+    presets=True,
 )
 
 

@@ -14,17 +14,19 @@ from regrow.cli.parser import OneLineParser
 from regrow.errors import RegrowError
 
 
-def add_sources(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where other flags come from."""
+def add_sources(parser: argparse.ArgumentParser, *, presets: bool) -> None:
+    """The flags that say where other flags come from; the configurations that come with regrow are pre-trainings."""
     parser.add_argument("--config", metavar="FILE", help="YAML of 'flag: value' lines; flags given here override it")
-    parser.add_argument("--preset", metavar="NAME", help=f"a configuration that comes with regrow: {_presets()}")
+    if presets:
+        parser.add_argument("--preset", metavar="NAME", help=f"a configuration that comes with regrow: {_presets()}")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
 
 
-def read_sources(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def read_sources(argv: Sequence[str], *, presets: bool) -> tuple[argparse.Namespace, list[str]]:
     """Take out the flags that say where other flags come from."""
     parser = _partial_parser()
-    add_sources(parser)
+    add_sources(parser, presets=presets)
+    parser.set_defaults(preset=None)
     return parser.parse_known_args(argv)
 
 

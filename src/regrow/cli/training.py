@@ -25,6 +25,7 @@ class TrainingCommand:
         config: dataclass of its options; it has ``output`` and ``method``.
         description, example: what ``--help`` teaches.
         may_change: options that a resumed run may be given anew.
+        presets: whether regrow comes with configurations for it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TrainingCommand:
     description: str
     example: str
     may_change: Sequence[str]
+    presets: bool = False
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, Any, bool]:
         """Configuration, method, and whether to resume.
@@ -39,7 +41,7 @@ class TrainingCommand:
         Raises:
             RegrowError: a file or the run to resume cannot be read, or an option is not what that run has.
         """
-        asked, rest = read_sources(argv)
+        asked, rest = read_sources(argv, presets=self.presets)
         given = rest if asked.resume else [*flags_of_files(asked), *rest]
         defaults: dict[str, Any] = {field.name: field.default for field in fields(self.config)}
         run = RunDirectory(value_of("--output", given, default=defaults["output"]))
@@ -72,7 +74,7 @@ class TrainingCommand:
             description=f"{self.description} Every flag can also stand in a YAML file given with --config.",
             epilog=f"example: {self.example}",
         )
-        add_sources(parser)
+        add_sources(parser, presets=self.presets)
         if fields(method):
             method._argument_group_name = f"options of --method {method.name}"  # type: ignore[attr-defined]
         parser._add_dataclass_arguments(method)
