@@ -111,9 +111,9 @@ def _forward(
     part = self.embeddings
     tables = part.word_embeddings.weight, part.position_embeddings.weight, part.token_type_embeddings.weight
     x = embed(
-        tokens.pack(input_ids),
+        tokens.pack(input_ids).long(),
         tokens.length if tokens.rows is None else tokens.rows % tokens.length,
-        None if token_type_ids is None else tokens.pack(token_type_ids.expand_as(input_ids)),
+        None if token_type_ids is None else tokens.pack(token_type_ids.expand_as(input_ids)).long(),
         tables,
         (part.LayerNorm.weight, part.LayerNorm.bias),
         part.LayerNorm.eps,
