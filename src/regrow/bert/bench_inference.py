@@ -103,7 +103,7 @@ def bench_inference(config: InferenceConfig, *, progress: bool = False) -> dict[
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(config.vocab_size, (batch, length), generator=draw)
             tasks = {name: _on(answer, ids) for name, answer in (dense | sparse).items()}
-            seconds = interleaved_medians(tasks, rounds=config.rounds, untimed=1)
+            seconds = interleaved_medians(tasks, rounds=config.rounds, warm_up=1, untimed=1)
             shape = {"batch": batch, "length": length}
             rows["dense"].append(shape | {name: seconds[name] for name in dense})
             pytorch = min(seconds[name] for name in (EAGER, COMPILED) if name in dense)
