@@ -182,6 +182,8 @@ def _onnx(model: nn.Module, folder: Path, notes: list[str]) -> Answer:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Or its threads would spin on while it is another's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda ids: session.run(None, {"ids": ids.numpy()})[0]
 
