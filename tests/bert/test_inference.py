@@ -71,24 +71,19 @@ def answers(model: nn.Module, *lengths: int) -> Tensor:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", native().available_isas())
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("block", [1, 4, 8, 16, 32])
-def test_answers_are_those_of_transformers(block: int, isa: str) -> None:
+def test_answers_are_those_of_transformers(block: int) -> None:
     model = sparse(block)
-    before = native().isa()
-    native().set_isa(isa)
-    try:
-        prepared = prepare(deepcopy(model))
-        for lengths in BATCHES:
-            torch.testing.assert_close(answers(prepared, *lengths), answers(model, *lengths), rtol=1e-4, atol=2e-5)
-    finally:
-        native().set_isa(before)
+    prepared = prepare(deepcopy(model))
+    for lengths in BATCHES:
+        torch.testing.assert_close(answers(prepared, *lengths), answers(model, *lengths), rtol=1e-4, atol=2e-5)
 
 
 def test_a_head_as_wide_as_a_block_of_64_and_almost_nothing_there() -> None:
@@ -99,7 +94,7 @@ def test_a_head_as_wide_as_a_block_of_64_and_almost_nothing_there() -> None:
             torch.testing.assert_close(answers(prepared, *lengths), answers(model, *lengths), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("restored_threads", "isa")
 @pytest.mark.parametrize("block", [1, 4, 16])
 @pytest.mark.parametrize("lengths", [FEW, (30, 31), MANY])
 def test_the_number_of_threads_changes_no_bit(block: int, lengths: tuple[int, ...]) -> None:

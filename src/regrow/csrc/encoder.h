@@ -139,8 +139,15 @@ struct TileBuffers {
     }
 };
 
+// So many tokens that threads may be cut there, and no sum depends on it: single elements are added up in one chain or
+// in two, depending on how many vectors of tokens a register tile has (add_elements).
 template <int B>
-void encoder_tiles(const EncoderArgs& a, int64_t t0, int64_t t1, float* scratch) {
+constexpr int64_t kUnit = B == 1 && Shape<B>::M >= 8 ? Shape<B>::kMicroTokens : 1;
+
+template <int B>
+void encoder_tiles(const EncoderArgs& a, int64_t u0, int64_t u1, float* scratch) {
+    int64_t t0 = u0 * kUnit<B>;
+    const int64_t t1 = min64(u1 * kUnit<B>, a.n_tokens);
     const EncoderLayer& layer = *a.layer;
     const TileBuffers<B> at(a, scratch);
     const int64_t tile = layer.plan.tile, slab = layer.plan.slab, stride = at.stride;
@@ -224,6 +231,7 @@ EncoderSizes encoder_sizes(const EncoderArgs& a) {
     EncoderSizes sizes{};
     sizes.few = n <= kFewTokens;
     sizes.groups = (n + G - 1) / G;
+    sizes.units = (n + kUnit<B> - 1) / kUnit<B>;
     sizes.own = HeadBuffers<B>(a, nullptr).floats;
     if (sizes.few) {
         sizes.own = max64(sizes.own, max64(panel, round_up(n * width, 16) + add_norm_floats(n, width)));

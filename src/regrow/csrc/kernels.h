@@ -368,8 +368,7 @@ void spmm_small(const SpmmArgs& a, int64_t t0, int64_t t1, float* sums, float* p
 template <int Mm>
 INLINE void add_elements(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n, bool first,
                          float* sums) {
-    // An addition takes longer than the loads of four vectors. As many for every tile, or sums would depend on its width.
-    constexpr int kChains = Shape<1>::M < 8 ? 2 : 1;
+    constexpr int kChains = Mm < 8 ? 2 : 1;  // an addition takes longer than the loads of four vectors
     do {
         V acc[kChains][Mm] = {};
         const auto add = [&](auto chain) LAMBDA {

@@ -134,7 +134,8 @@ class Encoder {
         prepare(t_scratch.reserve(prepare(nullptr)));
         for (const auto& layer : layers_) {
             a.layer = &layer->view;
-            const int64_t blocks = heads_ * dim_ / layer->view.block, groups = table_->encoder_sizes(a).groups;
+            const int64_t blocks = heads_ * dim_ / layer->view.block;
+            const EncoderSizes sizes = table_->encoder_sizes(a);
             parallel(n, [&](int i) {
                 table_->encoder_phase(a, kAttend, first_item(sequences, heads_, i, n),
                                       first_item(sequences, heads_, i + 1, n), own + i * each);
@@ -145,14 +146,14 @@ class Encoder {
                 });
             };
             if (!most.few) {
-                phase(kTiles, n_tokens);
+                phase(kTiles, sizes.units);
                 continue;
             }
             phase(kOutRows, blocks);
-            phase(kOutNorm, groups);
+            phase(kOutNorm, sizes.groups);
             phase(kHiddenRows, layer->view.hidden_blocks);
             phase(kSecondRows, blocks);
-            phase(kSecondNorm, groups);
+            phase(kSecondNorm, sizes.groups);
         }
     }
 

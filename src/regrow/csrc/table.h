@@ -193,12 +193,12 @@ struct EncoderArgs {        // y = LayerNorm1(x + attention half), x = LayerNorm
 
 constexpr int64_t kFewTokens = 64;
 // What the threads do between waiting for each other: a layer is kAttend and kTiles, or of few tokens all the others.
-// Items are pairs of a sequence and a head (kAttend), tokens (kTiles), block rows of the weight (k...Rows), groups of
+// Items are pairs of a sequence and a head (kAttend), units of tokens (kTiles), block rows of the weight (k...Rows), groups of
 // tokens (k...Norm).
 enum EncoderPhase { kAttend, kTiles, kOutRows, kOutNorm, kHiddenRows, kSecondRows, kSecondNorm };
 struct EncoderSizes {
     bool few;
-    int64_t groups;             // items of k...Norm
+    int64_t units, groups;      // items of kTiles and of k...Norm
     size_t own, sums, hidden;   // floats: scratch of a thread; shared panels
 };
 
