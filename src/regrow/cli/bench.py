@@ -15,8 +15,8 @@ def run(argv: Sequence[str]) -> int:
         description="Time sparse against dense in one process, taking turns; medians.",
         epilog="each teaches its options: regrow bench kernels --help",
     )
-    summary = "kernels: one layer at a time; step: a whole training step"
-    return run_subcommand(parser, argv, {"kernels": _kernels, "step": _step}, summary)
+    summary = "kernels: one layer at a time; step: a whole training step; inference: a forward pass"
+    return run_subcommand(parser, argv, {"kernels": _kernels, "step": _step, "inference": _inference}, summary)
 
 
 def _kernels(argv: Sequence[str]) -> int:
@@ -100,4 +100,47 @@ def _step(argv: Sequence[str]) -> int:
         plot(result, picture)
     if path is not None:
         write_json(result, path)
+    return 0
+
+
+def _inference(argv: Sequence[str]) -> int:
+    from regrow.bert.bench_inference import InferenceConfig, bench_inference, table, write_json
+
+    config = InferenceConfig()
+    parser = OneLineParser(
+        prog="regrow bench inference",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Time forward passes of sparse BERT, prepared by regrow.bert.inference.prepare, against "
+        "dense PyTorch and dense onnxruntime (if regrow[onnx] is installed), in one process, taking turns; medians.",
+        epilog="example: regrow bench inference --size small --density 0.1,0.05 --blocks 4,16 --batch 1,8,32 "
+        "--length 16,128 --json inference.json",
+    )
+    parser.add_argument("--size", default=config.size, help="tiny ... large, or LAYERS/HIDDEN/HEADS")
+    parser.add_argument("--density", type=list_of(float), default="0.1", help="shares of encoder blocks that exist")
+    parser.add_argument("--blocks", type=list_of(int), default="16", help="edges of a block")
+    parser.add_argument("--batch", type=list_of(int), default="1,8,32", help="sequences in a batch")
+    parser.add_argument("--length", type=list_of(int), default="16,128", help="tokens of a sequence")
+    parser.add_argument("--vocab-size", type=int, default=config.vocab_size, help="size of the vocabulary")
+    parser.add_argument("--compile", action="store_true", help="also dense through torch.compile: takes minutes")
+    parser.add_argument("--no-onnx", action="store_true", help="leave onnxruntime out")
+    parser.add_argument("--rounds", type=int, default=config.rounds, help="medians are taken over so many rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result and the machine to a file")
+    asked = parser.parse_args(argv)
+    result = bench_inference(
+        InferenceConfig(
+            size=asked.size,
+            densities=tuple(asked.density),
+            blocks=tuple(asked.blocks),
+            batches=tuple(asked.batch),
+            lengths=tuple(asked.length),
+            vocab_size=asked.vocab_size,
+            compiled=asked.compile,
+            onnx=not asked.no_onnx,
+            rounds=asked.rounds,
+        ),
+        progress=True,
+    )
+    print(table(result))
+    if asked.json is not None:
+        write_json(result, asked.json)
     return 0

@@ -31,30 +31,6 @@ FfnPlan ffn_plan(int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, b
     return plan;
 }
 
-// One block row of a product, for all groups of a tile: panel -> panel. With `add` to what is there.
-template <int B>
-INLINE void panel_row(const PackedWeight& w, int64_t begin, int64_t end, const float* panel, int64_t stride,
-                      int64_t groups, bool add, float* out) {
-    constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW, M = Shape<B>::M;
-    const int64_t n = end - begin;
-    if (add && n == 0) return;
-    for (int64_t m0 = 0; m0 < groups; m0 += M) {
-        for (int piece = 0; piece < B; piece += PW) {
-            const float *from = panel + m0 * (B * G), *values = w.packed + begin * (B * B) + piece * B;
-            float* to = out + m0 * (B * G) + piece;
-            const auto end = [&](auto mm, auto& acc) LAMBDA {
-                unroll<mm>([&](auto m) LAMBDA {
-                    unroll<NV>([&](auto v) LAMBDA {
-                        float* at = to + m * (B * G) + v * W;
-                        store(at, add ? load(at) + acc[m][v] : acc[m][v]);
-                    });
-                });
-            };
-            spmm_groups<B>(min64(M, groups - m0), from, stride, values, w.idx + begin, n, end);
-        }
-    }
-}
-
 // The groups of one block row in single elements.
 template <int Mm = Shape<1>::M>
 INLINE void element_groups(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
@@ -64,13 +40,35 @@ INLINE void element_groups(int64_t groups, const float* panel, int64_t stride, c
     }
     add_elements<Mm>(panel, stride, w, idx, n, !add, out);
 }
-template <>
-INLINE void panel_row<1>(const PackedWeight& w, int64_t begin, int64_t end, const float* panel, int64_t stride,
-                         int64_t groups, bool add, float* out) {
-    constexpr int M = Shape<1>::M;
+
+// One block row of a product, for all groups of a tile: panel -> panel. With `add` to what is there. See spmm_groups for
+// `Few`.
+template <int B, bool Few = false>
+INLINE void panel_row(const PackedWeight& w, int64_t begin, int64_t end, const float* panel, int64_t stride,
+                      int64_t groups, bool add, float* out) {
+    constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW, M = Shape<B>::M;
+    const int64_t n = end - begin;
+    if (add && n == 0) return;
     for (int64_t m0 = 0; m0 < groups; m0 += M) {
-        element_groups(min64(M, groups - m0), panel + m0 * W, stride, w.packed + begin, w.idx + begin, end - begin,
-                       add, out + m0 * W);
+        const int64_t some = min64(M, groups - m0);
+        const float* from = panel + m0 * (B * G);
+        if constexpr (B == 1) {
+            element_groups(some, from, stride, w.packed + begin, w.idx + begin, n, add, out + m0 * W);
+        } else {
+            for (int piece = 0; piece < B; piece += PW) {
+                float* to = out + m0 * (B * G) + piece;
+                const auto end = [&](auto mm, auto& acc) LAMBDA {
+                    unroll<mm>([&](auto m) LAMBDA {
+                        unroll<NV>([&](auto v) LAMBDA {
+                            float* at = to + m * (B * G) + v * W;
+                            store(at, add ? load(at) + acc[m][v] : acc[m][v]);
+                        });
+                    });
+                };
+                const float* values = w.packed + begin * (B * B) + piece * B;
+                spmm_groups<B, Few>(some, from, stride, values, w.idx + begin, n, end);
+            }
+        }
     }
 }
 

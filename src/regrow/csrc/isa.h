@@ -1,6 +1,7 @@
 // Every kernel, and the table of them. Included once per instruction set, by isa_*.cpp, which says which one it is.
 #pragma once
 #include "adamw.h"
+#include "encoder.h"
 #include "ffn.h"
 #include "attention.h"
 #include "kernels.h"
@@ -35,5 +36,8 @@
         .sparse_attention_scratch = sparse_attention_scratch,   \
         .sparse_attention = sparse_attention_any,               \
         .sparse_attention_backward = sparse_attention_backward_any, \
+        .embed = embed_rows,                                    \
+        .encoder_sizes = encoder_sizes_any,                     \
+        .encoder_phase = encoder_phase_any,                     \
     }
 // clang-format on

@@ -24,7 +24,8 @@ struct Shape {
     // Token groups of the register tile. Where a vector holds many tokens, 64 tokens in all: a smaller panel is
     // read faster than more accumulators gain.
     static constexpr int M = G > 1 && 64 / G < kAccumulators ? 64 / G : kAccumulators / NV;
-    static constexpr int Q = M % 3 == 0 ? M / 3 : M / 2;   // granularity of the last register tile
+    // Granularity of the last register tile: 16 tokens where a vector holds many.
+    static constexpr int Q = G > 1 && 16 / G < M / 2 ? (16 / G > 0 ? 16 / G : 1) : M % 3 == 0 ? M / 3 : M / 2;
     static constexpr int64_t kMicroTokens = M * G;
     // Block rows whose outputs are written together. One register tile of a single vector of outputs writes one
     // line in each row of y; a neighbouring block row writes the line beside it, while its page is at hand.
@@ -182,57 +183,66 @@ constexpr int64_t kSegment = 128;  // terms
 //   acc[m] (lanes (output, token)) = sum over blocks p and k < B of expand(w[p][k]) * bcast(x[idx[p]][m][k])
 // handed to end(Int<Mm>, acc) while in the registers.
 // Rounding: a long row is summed in segments, because the error of one chain of additions grows with its length.
-template <int B, int Mm, class End>
+// Few vectors of sums leave the multipliers waiting for additions, unless there are two chains of them.
+template <int B, int Mm, int Chains, class End>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n, End&& end) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
     constexpr int64_t kBlocks = kSegment / B;
-    V acc[Mm][NV];
+    V acc[Chains][Mm][NV];
     float before[Mm * NV * W] __attribute__((aligned(64)));  // the segments already summed
     for (bool first = true;; first = false) {
-        unroll<Mm>([&](auto m) LAMBDA { unroll<NV>([&](auto v) LAMBDA { acc[m][v] = V{}; }); });
+        unroll<Chains>([&](auto c) LAMBDA {
+            unroll<Mm>([&](auto m) LAMBDA { unroll<NV>([&](auto v) LAMBDA { acc[c][m][v] = V{}; }); });
+        });
         for (int64_t left = min64(n, kBlocks); left > 0; --left, ++idx, w += B * B) {
             const float* xp = panel + *idx * stride;
             const float* wp = w;
             const float* next = panel + idx[left > 1 ? 1 : 0] * stride;
 #pragma GCC unroll 2
-            for (int k = 0; k < B; ++k, xp += G, wp += PW) {
+            for (int k = 0; k < B; k += Chains, xp += Chains * G, wp += Chains * PW) {
                 // A block this small is over before the hardware has noticed where the next one is.
                 if constexpr (NV == 1) {
                     constexpr int kLines = (Mm * W / 16 + B - 1) / B;
-                    unroll<kLines>([&](auto i) LAMBDA { __builtin_prefetch(next + (k * kLines + i) * 16); });
+                    unroll<kLines * Chains>([&](auto i) LAMBDA { __builtin_prefetch(next + (k * kLines + i) * 16); });
                 }
-                V wv[NV];
-                unroll<NV>([&](auto v) LAMBDA { wv[v] = expand<G>(wp + v * W); });
-                unroll<Mm>([&](auto m) LAMBDA {
-                    const V xv = bcast<G>(xp + m * (B * G));
-                    unroll<NV>([&](auto v) LAMBDA { acc[m][v] += wv[v] * xv; });
+                unroll<Chains>([&](auto c) LAMBDA {
+                    V wv[NV];
+                    unroll<NV>([&](auto v) LAMBDA { wv[v] = expand<G>(wp + c * PW + v * W); });
+                    unroll<Mm>([&](auto m) LAMBDA {
+                        const V xv = bcast<G>(xp + c * G + m * (B * G));
+                        unroll<NV>([&](auto v) LAMBDA { acc[c][m][v] += wv[v] * xv; });
+                    });
                 });
             }
+        }
+        if constexpr (Chains == 2) {
+            unroll<Mm>([&](auto m) LAMBDA { unroll<NV>([&](auto v) LAMBDA { acc[0][m][v] += acc[1][m][v]; }); });
         }
         n -= kBlocks;
         if (!first) {
             unroll<Mm>([&](auto m) LAMBDA {
-                unroll<NV>([&](auto v) LAMBDA { acc[m][v] += load(before + (m * NV + v) * W); });
+                unroll<NV>([&](auto v) LAMBDA { acc[0][m][v] += load(before + (m * NV + v) * W); });
             });
         }
         if (n <= 0) break;
         unroll<Mm>([&](auto m) LAMBDA {
-            unroll<NV>([&](auto v) LAMBDA { store(before + (m * NV + v) * W, acc[m][v]); });
+            unroll<NV>([&](auto v) LAMBDA { store(before + (m * NV + v) * W, acc[0][m][v]); });
         });
     }
-    end(Int<Mm>{}, acc);
+    end(Int<Mm>{}, acc[0]);
 }
 
-// The last register tile of a range may be shorter: a multiple of Q groups.
-template <int B, class End, int Mm = Shape<B>::M>
+// The last register tile of a range may be shorter: a multiple of Q groups. Two chains round otherwise than one: they are
+// for `Few`, where it does not depend on the threads how short a tile is.
+template <int B, bool Few = false, int Mm = Shape<B>::M, class End>
 INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
                         int64_t n, End&& end) {
     if constexpr (Mm > Shape<B>::Q) {
         if (groups < Mm) {
-            return spmm_groups<B, End, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, static_cast<End&&>(end));
+            return spmm_groups<B, Few, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, static_cast<End&&>(end));
         }
     }
-    spmm_micro<B, Mm>(panel, stride, w, idx, n, end);
+    spmm_micro<B, Mm, Few && Mm * Shape<B>::NV < 8 ? 2 : 1>(panel, stride, w, idx, n, end);
 }
 
 // The sums and a bias -> rows out_stride apart. The bias comes last, because a sum that starts at a large bias rounds

@@ -149,6 +149,7 @@ void adamw_step(Address values, Address grad, Address mean, Address square, Addr
 
 }  // namespace
 
+void bind_encoder(nb::module_& m);  // native_encoder.cpp
 void bind_loss(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_ffn(nb::module_& m);  // native_ffn.cpp
@@ -180,4 +181,5 @@ NB_MODULE(_native, m) {
     bind_ffn(m);
     bind_attention(m);
     bind_sparse_attention(m);
+    bind_encoder(m);
 }

@@ -4,37 +4,13 @@
 
 namespace {
 
-// Slabs follow one another in a row of the second weight only if its columns ascend.
-void check_order(const WeightArgs& w) {
-    for (int64_t r = 0; r < w.rows; ++r) {
-        for (int64_t p = w.row_ptr[r] + 1; p < w.row_ptr[r + 1]; ++p) {
-            if (w.col_idx[p] < w.col_idx[p - 1]) fail("col_idx2 decreases within block row " + std::to_string(r));
-        }
-    }
-}
-
-// cuts[s][r]: the first position of row r that is in slab s or beyond.
-const int32_t* cut_slabs(Layout& layout, const PackedWeight& w, int64_t rows, int64_t slab, int64_t hidden_blocks) {
-    const int64_t slabs = (hidden_blocks + slab - 1) / slab;
-    int32_t* cuts = layout.take<int32_t>((slabs + 1) * rows);
-    if (!cuts) return nullptr;
-    for (int64_t r = 0; r < rows; ++r) cuts[r] = w.ptr[r];
-    for (int64_t s = 1; s <= slabs; ++s) {
-        for (int64_t r = 0; r < rows; ++r) {
-            const int32_t *from = w.idx + cuts[(s - 1) * rows + r], *to = w.idx + w.ptr[r + 1];
-            cuts[s * rows + r] = int32_t(std::lower_bound(from, to, s * slab) - w.idx);
-        }
-    }
-    return cuts;
-}
-
 void ffn(Address x, Address values1, Address bias1, Address row_ptr1, Address col_idx1, Address slot1, Address values2,
          Address bias2, Address row_ptr2, Address col_idx2, Address slot2, Address y, int64_t n_tokens,
          int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, int64_t n_blocks1, int64_t n_blocks2, int b,
          int threads) {
     const Weight first("1", values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
     const Weight second("2", values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
-    check_order(second.args);
+    check_order(second.args, "2");
     if (n_tokens == 0 || out_blocks == 0) return;
 
     nb::gil_scoped_release release;
@@ -66,7 +42,7 @@ void ffn_backward(Address g, Address x, Address values1, Address bias1, Address 
                   int b, int threads) {
     const Weight first("1", values1, row_ptr1, col_idx1, slot1, hidden_blocks, in_blocks, n_blocks1, b);
     const Weight second("2", values2, row_ptr2, col_idx2, slot2, out_blocks, hidden_blocks, n_blocks2, b);
-    check_order(second.args);
+    check_order(second.args, "2");
     void* seen = t_scratch.reserve(padded(std::max(n_blocks1, n_blocks2)));
     check_permutation(first.args.slot, n_blocks1, seen, "1");
     check_permutation(second.args.slot, n_blocks2, seen, "2");

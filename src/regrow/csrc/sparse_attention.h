@@ -52,12 +52,12 @@ struct SequenceBuffers {
 };
 
 // Block rows r0 to r0 + blocks of a product, for all groups of a panel -> rows, side by side.
-template <int B>
+template <int B, bool Few = false>
 INLINE void head_rows(const PackedWeight& w, int64_t r0, int64_t blocks, const float* panel, int64_t stride,
                       int64_t groups, int64_t n_tokens, const float* bias, float* sums, float* rows) {
     if constexpr (Shape<B>::G > 1) {
         for (int64_t r = 0; r < blocks; ++r) {
-            panel_row<B>(w, w.ptr[r0 + r], w.ptr[r0 + r + 1], panel, stride, groups, false, sums + r * stride);
+            panel_row<B, Few>(w, w.ptr[r0 + r], w.ptr[r0 + r + 1], panel, stride, groups, false, sums + r * stride);
         }
         put_tokens<B>(sums, stride, bias, blocks, n_tokens, rows, false);
     } else {

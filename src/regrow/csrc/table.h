@@ -158,6 +158,50 @@ struct SparseAttentionArgs {  // y = attention(x W1^T + bias1) W2^T + bias2; Att
     float* dx;                // [n_tokens, in]
 };
 
+struct EncoderNorm {
+    const float *weight, *bias;  // [width]
+    float eps;
+};
+
+struct EmbedArgs {          // y = LayerNorm(word[ids] + (place[positions] + kind[types]))
+    const int64_t *ids, *positions, *types;  // [n_tokens]; no positions: t % length; no types: 0
+    const float *word, *place, *kind;        // rows of `width`
+    EncoderNorm norm;
+    float* y;               // [n_tokens, width]
+    int64_t width, length;
+};
+
+struct EncoderLayer {       // all widths but the hidden one are heads * dim
+    int block;
+    int64_t hidden_blocks;
+    FfnPlan plan;
+    PackedWeight qkv, out, first, second;  // qkv [3 * width, width]: queries, keys and values, each by heads
+    const float *qkv_bias, *out_bias, *first_bias, *second_bias;  // or null
+    const int32_t* second_cuts;            // see FfnArgs
+    EncoderNorm norm1, norm2;
+};
+
+struct EncoderArgs {        // y = LayerNorm1(x + attention half), x = LayerNorm2(y + feed-forward half)
+    const int32_t* offsets; // tokens [offsets[s], offsets[s + 1]) are sequence s
+    int64_t n_tokens, longest, heads, dim;  // block divides dim, and 16 does
+    float scale;            // of the scores
+    const EncoderLayer* layer;
+    float* x;               // [n_tokens, width], in place
+    float* attended;        // [n_tokens, width]
+    float *sums, *hidden;   // panels of all tokens, where they are few
+};
+
+constexpr int64_t kFewTokens = 64;
+// What the threads do between waiting for each other: a layer is kAttend and kTiles, or of few tokens all the others.
+// Items are pairs of a sequence and a head (kAttend), units of tokens (kTiles), block rows of the weight (k...Rows), groups of
+// tokens (k...Norm).
+enum EncoderPhase { kAttend, kTiles, kOutRows, kOutNorm, kHiddenRows, kSecondRows, kSecondNorm };
+struct EncoderSizes {
+    bool few;
+    int64_t units, groups;      // items of kTiles and of k...Norm
+    size_t own, sums, hidden;   // floats: scratch of a thread; shared panels
+};
+
 struct KernelTable {
     const char* name;
     // Floats of 64-byte aligned scratch that one thread needs.
@@ -197,6 +241,10 @@ struct KernelTable {
     void (*sparse_attention)(const SparseAttentionArgs&, int64_t s0, int64_t s1, float* scratch);
     void (*sparse_attention_backward)(const SparseAttentionArgs&, int64_t s0, int64_t s1, float* scratch,
                                       const LayerSums&);
+    // Tokens [t0, t1); scratch holds one row, rounded up to 128 floats.
+    void (*embed)(const EmbedArgs&, int64_t t0, int64_t t1, float* scratch);
+    EncoderSizes (*encoder_sizes)(const EncoderArgs&);
+    void (*encoder_phase)(const EncoderArgs&, EncoderPhase, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const KernelTable kGenericTable;

@@ -84,6 +84,38 @@ class Layout {
     size_t size_ = 0;
 };
 
+// Slabs follow one another in a row of a weight only if its columns ascend.
+inline void check_order(const WeightArgs& w, const std::string& which) {
+    for (int64_t r = 0; r < w.rows; ++r) {
+        for (int64_t p = w.row_ptr[r] + 1; p < w.row_ptr[r + 1]; ++p) {
+            if (w.col_idx[p] < w.col_idx[p - 1]) {
+                fail("col_idx" + which + " decreases within block row " + std::to_string(r));
+            }
+        }
+    }
+}
+
+// cuts[s][r]: the first position of row r that is in slab s or beyond. Gives how many they are; writes them unless
+// `cuts` is null.
+inline size_t slab_cuts(const PackedWeight& w, int64_t rows, int64_t slab, int64_t hidden_blocks, int32_t* cuts) {
+    const int64_t slabs = (hidden_blocks + slab - 1) / slab;
+    if (!cuts) return (slabs + 1) * rows;
+    for (int64_t r = 0; r < rows; ++r) cuts[r] = w.ptr[r];
+    for (int64_t s = 1; s <= slabs; ++s) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const int32_t *from = w.idx + cuts[(s - 1) * rows + r], *to = w.idx + w.ptr[r + 1];
+            cuts[s * rows + r] = int32_t(std::lower_bound(from, to, s * slab) - w.idx);
+        }
+    }
+    return (slabs + 1) * rows;
+}
+inline const int32_t* cut_slabs(Layout& layout, const PackedWeight& w, int64_t rows, int64_t slab,
+                                int64_t hidden_blocks) {
+    int32_t* cuts = layout.take<int32_t>(slab_cuts(w, rows, slab, hidden_blocks, nullptr));
+    if (cuts) slab_cuts(w, rows, slab, hidden_blocks, cuts);
+    return cuts;
+}
+
 struct Weight {
     WeightArgs args;
     int64_t cols, n_blocks;
