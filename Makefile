@@ -26,7 +26,7 @@ test: setup lint
 # has a build of its own, from which the tests take the kernels (REGROW_NATIVE, tests/conftest.py). Left out are tests
 # of nothing but torch's and our Python. A part of it: make sanitize-thread SANITIZED=tests/kernels/test_fuzz.py
 sanitize: sanitize-address sanitize-thread
-SANITIZED := tests/kernels tests/topology tests/nn/test_loss.py -k "not opcheck and not gradcheck and not uniform"
+SANITIZED := tests/kernels tests/topology tests/nn/test_loss.py tests/bert/test_inference.py -k "not opcheck and not gradcheck and not uniform"
 
 sanitize-address: build/sanitize-address/.ready
 	$(call under,address) $(SANITIZED)
