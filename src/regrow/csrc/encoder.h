@@ -194,6 +194,8 @@ void encoder_rows(const EncoderArgs& a, EncoderPhase phase, int64_t r0, int64_t 
     float* out = phase == kHiddenRows ? a.hidden : a.sums;
     if (phase != kSecondRows && r0 < r1) {
         const float* rows = phase == kOutRows ? a.attended : a.x;
+        const int64_t panel = round_up(width / B, Shape<B>::G) * stride;
+        fence(scratch, panel, panel + kGap);  // attention had other pieces here
         pack_panel<B>(rows, nullptr, width, width / B, a.n_tokens, tokens.groups, stride, scratch);
         in = scratch;
     }
@@ -214,7 +216,9 @@ void encoder_norm(const EncoderArgs& a, EncoderPhase phase, int64_t g0, int64_t 
     if (n <= 0) return;
     const bool first = phase == kOutNorm;
     const Tokens<B> tokens(a.n_tokens, Tokens<B>::room(a.n_tokens));
-    float *rows = scratch, *norm = rows + round_up(n * width, 16);
+    const int64_t of_rows = round_up(n * width, 16), of_norm = add_norm_floats(n, width);
+    float *rows = scratch, *norm = rows + of_rows;
+    fence(rows, of_rows, of_rows), fence(norm, of_norm, of_norm + kGap);  // others had other pieces here
     put_tokens<B>(a.sums + g0 * (B * G), tokens.stride, first ? layer.out_bias : layer.second_bias, width / B, n, rows,
                   false);
     float* x = a.x + t0 * width;
