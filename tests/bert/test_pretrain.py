@@ -188,7 +188,7 @@ def test_trackers_get_losses_and_topology(corpus: Path, tmp_path: Path, monkeypa
                 seen.setdefault(name, []).append(state.global_step)
 
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "notebook", Tracker)
-    monkeypatch.setattr("regrow.bert.pretrain.get_available_reporting_integrations", lambda: ["notebook"])
+    monkeypatch.setattr("regrow.bert.options.get_available_reporting_integrations", lambda: ["notebook"])
     pretrain(config(corpus, tmp_path / "run", report_to="notebook", steps=12), create("dynsparse"))
     assert seen["mlm_loss"] == seen["coverage"] == [5, 10]
     assert len(seen["update_churn"]) == len(seen["update_coverage"]) == 5
