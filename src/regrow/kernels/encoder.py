@@ -44,8 +44,9 @@ class PackedEncoder:
     >>> nothing = Weight(torch.empty(0, 16, 16), None, index)
     >>> encoder = PackedEncoder(heads=1, width=16)
     >>> encoder.add_layer([nothing] * 6, torch.tensor([[1.0], [0.0], [1.0], [0.0]]).expand(4, 16), (0.0, 0.0))
-    >>> encoder(torch.arange(16.0).view(1, 16), torch.tensor([0, 1], dtype=torch.int32)).std(correction=0)
-    tensor(1.)
+    >>> y = encoder(torch.arange(16.0).view(1, 16), torch.tensor([0, 1], dtype=torch.int32))
+    >>> round(float(y.std(correction=0)), 4)
+    1.0
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.1.
     """
