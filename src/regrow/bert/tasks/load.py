@@ -26,8 +26,7 @@ def load_problem(config: FinetuneConfig, *, train: bool = True) -> tuple[Problem
         RegrowError: see :func:`finetune`.
     """
     folder = config.model if is_hub_name(config.model) else str(model_folder(config.model))
-    # a run under way keeps its tokenizer beside its checkpoints, not in them
-    tokenizer = load_tokenizer(config.model if _has_vocabulary(Path(config.model)) else folder)
+    tokenizer = load_tokenizer(folder)
     saved = AutoConfig.from_pretrained(folder)
     max_length = _max_length(config, saved.max_position_embeddings)
     if config.task == "squad":
@@ -53,10 +52,6 @@ def _with_labels_of(task: Task, saved: Any, model: str) -> Task:
             "from the model before it was fine-tuned"
         )
     return task if task.labels is None else replace(task, labels=names)
-
-
-def _has_vocabulary(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
 
 
 def _max_length(config: FinetuneConfig, positions: int) -> int:
