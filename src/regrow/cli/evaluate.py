@@ -131,10 +131,10 @@ def _task(asked: argparse.Namespace) -> dict[str, float]:
     problem, _ = load_problem(config, train=False)
     if not type(model).__name__.endswith(problem.head):
         raise RegrowError(f"{asked.model} is a {type(model).__name__}, without a head for {config.task}; fine-tune it")
-    fuse(model)
+    predicted = problem.predict(fuse(model), batch_size=asked.batch_size, progress=True)
     if asked.predictions is not None:
-        write_predictions(problem, model, asked.predictions, asked.batch_size)
-    return problem.evaluate(model, batch_size=asked.batch_size, progress=True)
+        write_predictions(problem, predicted, asked.predictions)
+    return problem.score(predicted)
 
 
 def _compare(asked: argparse.Namespace) -> dict[str, float]:

@@ -55,7 +55,10 @@ class ClassificationProblem:
         return padded(items, self.pad_id) | {"labels": torch.tensor([item["label"] for item in items], dtype=kind)}
 
     def evaluate(self, model: nn.Module, *, batch_size: int = 32, progress: bool = False) -> dict[str, float]:
-        logits = self.predict(model, batch_size=batch_size, progress=progress)
+        return self.score(self.predict(model, batch_size=batch_size, progress=progress))
+
+    def score(self, logits: np.ndarray) -> dict[str, float]:
+        """Metrics of what :meth:`predict` returned."""
         return task_metrics(self.task.metrics, logits, np.array([item["label"] for item in self.dev]))
 
     @torch.no_grad()

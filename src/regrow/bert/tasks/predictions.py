@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import softmax
-from torch import nn
 
 from regrow.bert.output import new_output
 from regrow.bert.tasks.classification import ClassificationProblem
@@ -15,18 +15,17 @@ from regrow.bert.tasks.problem import Problem
 from regrow.bert.tasks.question_answering import QuestionAnsweringProblem
 
 
-def write_predictions(problem: Problem, model: nn.Module, path: Path, batch_size: int = 32) -> None:
-    """Predict the held-out examples into a new file.
+def write_predictions(problem: Problem, predicted: Any, path: Path) -> None:
+    """Write what ``problem.predict`` returned to a new file.
 
     Classes: a TSV file of the example's number, the label, and the probability of each class. Scores: number and score.
     Questions: a JSON file of the best answer by question id, as SQuAD's official script reads it.
     """
     if isinstance(problem, QuestionAnsweringProblem):
-        answers = problem.texts(model, batch_size=batch_size, progress=True)
-        text = json.dumps(answers, ensure_ascii=False, indent=0) + "\n"
+        text = json.dumps(predicted, ensure_ascii=False, indent=0) + "\n"
     else:
         assert isinstance(problem, ClassificationProblem)
-        text = _table(problem, problem.predict(model, batch_size=batch_size, progress=True))
+        text = _table(problem, predicted)
     with new_output(path) as aside:
         aside.write_text(text, encoding="utf-8")
 

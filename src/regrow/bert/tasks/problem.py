@@ -45,6 +45,14 @@ class Problem(Protocol):
         """Examples of ``train`` as a batch with labels."""
         ...
 
+    def predict(self, model: nn.Module, *, batch_size: int = 32, progress: bool = False) -> Any:
+        """What the model says of the held-out examples."""
+        ...
+
+    def score(self, predicted: Any, /) -> dict[str, float]:
+        """Metrics of what :meth:`predict` returned."""
+        ...
+
     def evaluate(self, model: nn.Module, *, batch_size: int = 32, progress: bool = False) -> dict[str, float]:
         """Metrics of the model on the held-out examples."""
         ...

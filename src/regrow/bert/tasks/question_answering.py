@@ -62,9 +62,13 @@ class QuestionAnsweringProblem:
         return padded(items, self.pad_id) | places
 
     def evaluate(self, model: nn.Module, *, batch_size: int = 32, progress: bool = False) -> dict[str, float]:
-        return squad_metrics(self.questions, self.texts(model, batch_size=batch_size, progress=progress))
+        return self.score(self.predict(model, batch_size=batch_size, progress=progress))
 
-    def texts(self, model: nn.Module, *, batch_size: int = 32, progress: bool = False) -> dict[str, str]:
+    def score(self, answers: dict[str, str]) -> dict[str, float]:
+        """Metrics of what :meth:`predict` returned."""
+        return squad_metrics(self.questions, answers)
+
+    def predict(self, model: nn.Module, *, batch_size: int = 32, progress: bool = False) -> dict[str, str]:
         """The likeliest answer by question id; empty where there is no text to find one in."""
         answers = self.answers(model, batch_size=batch_size, progress=progress)
         return {name: found[0].text if found else "" for name, found in answers.items()}
