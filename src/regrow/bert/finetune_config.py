@@ -25,9 +25,7 @@ def _option(default: Any, meaning: str) -> Any:
 class FinetuneConfig(TrainingOptions):
     """Everything that decides a fine-tuning run; the command line's flags are made from these fields."""
 
-    model: str = _option(
-        "runs/pretrain", "what to start from: a run, a saved model, sparse or dense, or a hub's owner/name"
-    )
+    model: str = _option("runs/pretrain", "what to start from: a run, or a folder with a saved model, sparse or dense")
     task: str = _option(
         "classification",
         "sst2, cola, mrpc, qqp, stsb, mnli, qnli, rte, wnli (GLUE), squad (v1.1), or classification or regression of "
