@@ -129,7 +129,7 @@ class _Case:
             explored=explored,
             momentum=self.optimizer.state[self.layer.values]["exp_avg"],
         )
-        gradient = Gradient(self.x, self.g, self.layer.block_size) if method.needs_gradient else None
+        gradient = Gradient(self.x, self.g, self.layer.block_shape) if method.needs_gradient else None
         return replace(signals, target=method.allocate({"layer": signals})["layer"], gradient=gradient)
 
 

@@ -123,7 +123,7 @@ def _column_norms(layer: Any) -> Tensor:
     """``[in_features]``"""
     if not isinstance(layer, BlockSparseLinear):
         return layer.weight.norm(dim=0)
-    squares = layer.values.new_zeros(layer.topology.n_block_cols, layer.block_size)
+    squares = layer.values.new_zeros(layer.topology.n_block_cols, layer.block_shape.cols)
     squares.index_add_(0, layer.topology.coordinates()[1], layer.values.square().sum(1))
     return squares.flatten().sqrt()
 

@@ -74,7 +74,8 @@ def _is_fusible(intermediate: Any, second: nn.Module) -> bool:
         isinstance(first, BlockSparseLinear)
         and isinstance(second, BlockSparseLinear)
         and isinstance(intermediate.intermediate_act_fn, GELUActivation)
-        and first.block_size == second.block_size
+        and first.block_shape == second.block_shape
+        and first.block_shape.is_square
         and second.activation is None
     )
 

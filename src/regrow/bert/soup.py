@@ -196,9 +196,9 @@ def _different_pattern(first: nn.Module, model: nn.Module) -> str | None:
         if name not in ours or name not in theirs:
             return f"{name} is sparse in one of them only"
         one, other = ours[name], theirs[name]
-        sizes = [(x.out_features, x.in_features, x.block_size) for x in (one, other)]
+        sizes = [(x.out_features, x.in_features, x.block_shape) for x in (one, other)]
         if sizes[0] != sizes[1]:
-            return f"{name} has {sizes[1][2]}x{sizes[1][2]} blocks or another shape, not {sizes[0][2]}x{sizes[0][2]}"
+            return f"{name} has {"x".join(map(str, sizes[1][2]))} blocks or another shape, not {"x".join(map(str, sizes[0][2]))}"
         missing = set(one.topology.keys().tolist()) ^ set(other.topology.keys().tolist())
         if missing:
             return (

@@ -29,6 +29,7 @@ from regrow.nn.flops_family import (
 )
 from regrow.nn.flops_report import Convention, Flops, FlopsReport, LayerFlops, NotCounted, UpdateFlops
 from regrow.nn.linear import BlockSparseLinear
+from regrow.nn.shape import BlockShape
 
 ADAMW_FLOPS = 14
 """Of one step of one weight: decay 1, first moment 3, second moment 4, denominator 3, step 3; a root counts as one."""
@@ -45,6 +46,12 @@ class LayerSize:
     out_features: int
     block_size: int
     n_blocks: int
+    block_cols: int | None = None
+    """Inputs of a block that is not square."""
+
+    @property
+    def block_shape(self) -> BlockShape:
+        return BlockShape(self.block_size, self.block_size if self.block_cols is None else self.block_cols)
 
     def dense_gradient_flops(self, tokens: int) -> int:
         """Of the gradient of the full weight."""
@@ -258,7 +265,7 @@ def _updates(costs: Costs, method: UpdateRule, schedule: Schedule) -> UpdateFlop
     for module, layer in costs.items():
         if not isinstance(module, BlockSparseLinear) or layer.weights == layer.dense_weights:
             continue  # a layer without a free position is left alone
-        size = LayerSize(module.in_features, module.out_features, module.block_size, module.values.shape[0])
+        size = LayerSize(module.in_features, module.out_features, module.block_size, module.values.shape[0], module.block_shape.cols)
         rule += method.update_flops(size, layer.rows)
         if method.needs_gradient and module.activation is not None:
             capture += layer.flops.forward  # the layer keeps nothing from before its activation

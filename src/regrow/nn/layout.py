@@ -41,12 +41,17 @@ def record_layout(model: nn.Module, layers: Mapping[str, BlockSparseLinear]) -> 
 
 
 def layout(layers: Mapping[str, BlockSparseLinear]) -> dict[str, Any]:
-    """``{"quant_method", "format_version", "layers": {name: {"block_size", "n_blocks"}}}``."""
+    """``{"quant_method", "format_version", "layers": {name: {"block_size", "n_blocks"}}}``.
+
+    A layer whose blocks are not square has an entry ``"block_cols"`` too.
+    """
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "layers": {
-            name: {"block_size": layer.block_size, "n_blocks": layer.topology.n_blocks}
-            for name, layer in layers.items()
-        },
+        "layers": {name: _entry(layer) for name, layer in layers.items()},
     }
+
+
+def _entry(layer: BlockSparseLinear) -> dict[str, int]:
+    cols = {} if layer.block_shape.is_square else {"block_cols": layer.block_shape.cols}
+    return {"block_size": layer.block_size, **cols, "n_blocks": layer.topology.n_blocks}

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.errors import RegrowError
+from regrow.nn.gathered import sparse_linear
 from regrow.nn.layout import record_layout
-from regrow.nn.linear import BlockSparseLinear, check_block_size
+from regrow.nn.linear import BlockSparseLinear
+from regrow.nn.shape import BlockShape
 from regrow.nn.speed import known_speeds
 from regrow.topology import BlockTopology, layer_densities
 from regrow.topology.distribution import Distribution
@@ -46,7 +48,7 @@ def sparsify(
     model: Model,
     *,
     density: float,
-    block_size: int,
+    block_size: int | tuple[int, int],
     include: Globs = "*",
     exclude: Globs = (),
     distribution: Distribution = "uniform",
@@ -59,7 +61,8 @@ def sparsify(
 
     Args:
         density: share of blocks that exist, in (0, 1].
-        block_size: edge of a block, one of 1, 4, 8, 16, 32, 64.
+        block_size: edge of a block, one of 1, 4, 8, 16, 32, 64; or ``(16, 1)`` for :class:`GatheredLinear`, whose
+            blocks are 16 outputs of one input.
         include, exclude: one glob or several over qualified module names, ``"bert.encoder.*"``; a layer is
             replaced if any ``include`` and no ``exclude`` matches.
         distribution: how density varies over layers: ``"uniform"``, ``"er"``, ``"erk"``, or ``{glob: density}`` where
@@ -90,21 +93,20 @@ def sparsify(
     if on_slow not in ("ignore", "warn"):
         raise RegrowError(f"on_slow must be 'ignore' or 'warn', got {on_slow!r}")
     chosen = chosen_layers(model, include, exclude)
-    chosen = _divisible(chosen, block_size, on_mismatch)
+    block = BlockShape.of(block_size)
+    chosen = _divisible(chosen, block, on_mismatch)
     if not chosen:
         raise RegrowError(f"no nn.Linear matches include={include!r}, exclude={exclude!r}; nothing to sparsify")
     _refuse_shared(model, chosen)
-    shapes = {
-        name: (layer.out_features // block_size, layer.in_features // block_size) for name, layer in chosen.items()
-    }
+    shapes = {name: block.grid(layer.in_features, layer.out_features) for name, layer in chosen.items()}
     densities = layer_densities(shapes, density, distribution)
     if on_slow == "warn":
-        _warn_of_slow(chosen, block_size, densities)
+        _warn_of_slow(chosen, block, densities)
     generator = torch.Generator().manual_seed(seed)
     for name, dense in chosen.items():
-        sparse = _replacement(dense, block_size, densities[name], generator)
+        sparse = _replacement(dense, block, densities[name], generator)
         if init == "magnitude":
-            sparse.topology = strongest_blocks(dense.weight, block_size, sparse.topology.n_blocks)
+            sparse.topology = strongest_blocks(dense.weight, block, sparse.topology.n_blocks)
         if init != "truncated_normal":
             sparse.load_dense_(dense.weight)
             if sparse.bias is not None:
@@ -142,15 +144,19 @@ def densify(model: Model) -> Model:
 
 
 @torch.no_grad()
-def strongest_blocks(weight: Tensor, block_size: int, n_blocks: int) -> BlockTopology:
+def strongest_blocks(weight: Tensor, block_size: int | tuple[int, int], n_blocks: int) -> BlockTopology:
     """The ``n_blocks`` blocks of a dense ``weight [out, in]`` with the greatest sum of absolute values.
+
+    Args:
+        block_size: edge of a block, or its outputs and inputs.
 
     Example:
         >>> strongest_blocks(torch.tensor([[1.0, -5.0], [2.0, 0.0]]), 1, 2).keys().tolist()
         [1, 2]
     """
-    rows, cols = weight.shape[0] // block_size, weight.shape[1] // block_size
-    strength = weight.abs().view(rows, block_size, cols, block_size).sum((1, 3)).flatten()
+    height, width = BlockShape.of(block_size)
+    rows, cols = weight.shape[0] // height, weight.shape[1] // width
+    strength = weight.abs().view(rows, height, cols, width).sum((1, 3)).flatten()
     keys = strength.topk(n_blocks).indices.sort().values
     return BlockTopology.from_coordinates(keys // cols, keys % cols, n_block_rows=rows, n_block_cols=cols)
 
@@ -171,26 +177,26 @@ def _as_globs(globs: Globs) -> Sequence[str]:
     return (globs,) if isinstance(globs, str) else globs
 
 
-def _divisible(layers: dict[str, nn.Linear], block_size: int, on_mismatch: str) -> dict[str, nn.Linear]:
+def _divisible(layers: dict[str, nn.Linear], block: BlockShape, on_mismatch: str) -> dict[str, nn.Linear]:
     if on_mismatch not in ("error", "skip"):
         raise RegrowError(f"on_mismatch must be 'error' or 'skip', got {on_mismatch!r}")
     fitting, skipped = {}, []
     for name, layer in layers.items():
-        if on_mismatch == "skip" and (layer.in_features % block_size or layer.out_features % block_size):
+        if on_mismatch == "skip" and (layer.in_features % block.cols or layer.out_features % block.rows):
             skipped.append(name)
             continue
         try:
-            check_block_size(layer.in_features, layer.out_features, block_size)
+            block.grid(layer.in_features, layer.out_features)
         except RegrowError as error:
             raise RegrowError(f"{name or 'the layer'}: {error}, or exclude={name!r}") from None
         fitting[name] = layer
     if skipped:
-        warnings.warn(f"left dense, block_size {block_size} does not divide: {', '.join(skipped)}", stacklevel=3)
+        warnings.warn(f"left dense, block_size {block} does not divide: {', '.join(skipped)}", stacklevel=3)
     return fitting
 
 
-def _warn_of_slow(layers: dict[str, nn.Linear], block_size: int, densities: dict[str, float]) -> None:
-    speeds = {(s.in_features, s.out_features): s for s in known_speeds() if s.block_size == block_size}
+def _warn_of_slow(layers: dict[str, nn.Linear], block: BlockShape, densities: dict[str, float]) -> None:
+    speeds = {(s.in_features, s.out_features): s for s in known_speeds() if str(s.block_size) == str(block)}
     unknown, slow = [], []
     for name, layer in layers.items():
         speed = speeds.get((layer.in_features, layer.out_features))
@@ -199,10 +205,10 @@ def _warn_of_slow(layers: dict[str, nn.Linear], block_size: int, densities: dict
         elif speed.speedup(densities[name]) < 1.0:
             slow.append(f"{name} ({speed.speedup(densities[name]):.2f}x)")
     if slow:
-        warnings.warn(f"slower than dense on this machine at block_size {block_size}: {', '.join(slow)}", stacklevel=3)
+        warnings.warn(f"slower than dense on this machine at block_size {block}: {', '.join(slow)}", stacklevel=3)
     if unknown:
         shapes = ",".join(dict.fromkeys(unknown))
-        warnings.warn(f"speed not known yet; measure with: regrow advise {shapes} --blocks {block_size}", stacklevel=3)
+        warnings.warn(f"speed not known yet; measure with: regrow advise {shapes} --blocks {block}", stacklevel=3)
 
 
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
@@ -217,11 +223,11 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
             raise RegrowError(f"{name}: its weight is tied to another module; leave it dense with exclude={name!r}")
 
 
-def _replacement(dense: nn.Linear, block_size: int, density: float, generator: torch.Generator) -> BlockSparseLinear:
-    sparse = BlockSparseLinear(
+def _replacement(dense: nn.Linear, block: BlockShape, density: float, generator: torch.Generator) -> BlockSparseLinear:
+    sparse = sparse_linear(
         dense.in_features,
         dense.out_features,
-        block_size=block_size,
+        block=block,
         density=density,
         bias=dense.bias is not None,
         generator=generator,

@@ -19,7 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, named_sparse_layers
+from regrow.nn.gathered import sparse_linear
 from regrow.nn.layout import FORMAT_VERSION, QUANT_METHOD
+from regrow.nn.shape import BlockShape
 from regrow.topology.blocks import check_counts
 from regrow.training.checks import header, wrong_type
 
@@ -89,7 +91,8 @@ class RegrowLoader(HfQuantizer):
 def _is_layer_entry(entry: object) -> bool:
     return (
         isinstance(entry, dict)
-        and entry.keys() == {"block_size", "n_blocks"}
+        and entry.keys() | {"block_cols"} == {"block_size", "block_cols", "n_blocks"}
+        and {"block_size", "n_blocks"} <= entry.keys()
         and all(type(number) is int for number in entry.values())
     )
 
@@ -129,13 +132,14 @@ def _find_linear(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
 
 def _skeleton(name: str, dense: nn.Linear, entry: dict[str, int]) -> BlockSparseLinear:
     block_size, n_blocks = entry["block_size"], entry["n_blocks"]
+    shape = BlockShape(block_size, entry.get("block_cols", block_size))
     try:
-        rows, cols = dense.out_features // max(block_size, 1), dense.in_features // max(block_size, 1)
+        rows, cols = shape.grid(dense.in_features, dense.out_features)
         check_counts(rows, cols, n_blocks)
-        return BlockSparseLinear(
+        return sparse_linear(
             dense.in_features,
             dense.out_features,
-            block_size=block_size,
+            block=shape,
             density=n_blocks / (rows * cols),
             bias=dense.bias is not None,
             device="meta",

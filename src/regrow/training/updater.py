@@ -210,7 +210,7 @@ class TopologyUpdater:
         }
 
     def _propose_with(self, name: str, x: Tensor, g: Tensor) -> None:
-        gradient = Gradient(x, g, self.layers[name].block_size)
+        gradient = Gradient(x, g, self.layers[name].block_shape)
         self._proposals[name] = self._propose(name, self.n_steps + 1, gradient)
 
     def _propose(self, name: str, step: int, gradient: Gradient | None = None) -> TopologyUpdate | None:
