@@ -105,7 +105,7 @@ def _gather_multiply_add(x: Tensor, blocks: Tensor, in_of: Tensor, out_of: Tenso
     y = x.new_zeros(n_out, n, b)
     for part in _chunks(slots.numel(), n * max(blocks.shape[1:])):
         y = y.index_add(0, targets[part], torch.bmm(x_blocks[sources[part]], blocks[slots[part]]))
-    return y.transpose(0, 1).reshape(n, y.shape[0] * b)
+    return y.transpose(0, 1).reshape(n, y.shape[0] * b).contiguous()  # of single columns it was a view
 
 
 def _by_block(x: Tensor, b: int) -> Tensor:
