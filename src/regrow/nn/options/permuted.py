@@ -9,14 +9,13 @@ https://arxiv.org/abs/1901.08624.
 
 Blocks can only join inputs that are neighbours; a permutation ``P`` decides which are. ``identity`` and ``random``
 (drawn once from the seed) are the free controls: an index gather. ``learned`` begins as a dense matrix ``M``, half
-identity and half nearly uniform, whose elements are never negative and whose rows and columns sum to 1: it is brought to
-that by ``sweeps`` after every optimizer step (Sinkhorn). Such a matrix is a permutation exactly if
+identity and half nearly uniform, whose elements are never negative and whose rows and columns sum to 1: ``sweeps``
+after every optimizer step (Sinkhorn) bring it back to that. Such a matrix is a permutation exactly if
 
 .. math:: penalty = \\sum_{rows} (\\|m\\|_1 - \\|m\\|_2) + \\sum_{columns} (\\|m\\|_1 - \\|m\\|_2)
 
 is zero. ``penalty`` times its gradient is added to that of ``M`` in every backward pass (the 1-norms are 1 and have
-none).
-Once the penalty per row is below ``threshold``, or a share ``harden_by`` of training is over, ``M`` becomes the
+none). Once the penalty per row is below ``threshold``, or a share ``harden_by`` of training is over, ``M`` becomes the
 permutation nearest to it, an index gather, and is given up with its optimizer state. Until then the layer costs
 ``in^2`` multiplications a token more than its blocks: it is then *not* sparse. It takes a
 :class:`~regrow.TopologyUpdater` (so also ``regrow pretrain`` and the Trainer callback, with any method) to see to that.
@@ -241,6 +240,10 @@ class Permuted(LayerOption):
                 raise RegrowError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 1 <= self.sweeps <= 1000:
             raise RegrowError(f"sweeps must lie between 1 and 1000, got {self.sweeps}")
+
+    @property
+    def shardable(self) -> bool:
+        return self.permutation != "learned"  # a matrix is normalised as a whole
 
     def build(self, place: Place) -> PermutedLinear:
         return PermutedLinear(place, self)
