@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_leaves
 from regrow.errors import RegrowError
 from regrow.methods import Gradient, Method, Signals, create
 from regrow.nn import BlockSparseLinear, sparsify
+from regrow.nn.gathered import sparse_linear
+from regrow.nn.shape import BlockShape
 from regrow.optim import AdamW
 from regrow.testing_layers import LayerReport, check_declaration, check_layer
 from regrow.topology import BlockTopology, ExploredPositions, TopologyUpdate
@@ -36,6 +38,7 @@ from regrow.training.updater import apply_update
 
 __all__ = ["LayerReport", "MethodReport", "check_layer", "check_method"]
 
+Block = int | tuple[int, int]
 STEPS, TOKENS = 24, 16
 _MEMORY_LAYER = (512, 512)
 
@@ -122,14 +125,22 @@ class _Case:
 
 
 def _case(
-    rows: int, cols: int, block: int, density: float, fraction: float, progress: float, seed: int, tokens: int = TOKENS
+    rows: int,
+    cols: int,
+    block: Block,
+    density: float,
+    fraction: float,
+    progress: float,
+    seed: int,
+    tokens: int = TOKENS,
 ) -> _Case:
     generator = torch.Generator().manual_seed(seed)
-    layer = BlockSparseLinear(cols * block, rows * block, block_size=block, density=density, generator=generator)
+    height, width = BlockShape.of(block)
+    layer = sparse_linear(cols * width, rows * height, block=block, density=density, generator=generator)
     optimizer = AdamW(layer.parameters(), lr=0.01)
     layer.values.grad = torch.randn(layer.values.shape, generator=generator)
     optimizer.step()
-    x, g = (torch.randn(tokens, n * block, generator=generator) for n in (cols, rows))
+    x, g = (torch.randn(tokens, n, generator=generator) for n in (layer.in_features, layer.out_features))
     return _Case(layer, optimizer, x, g, fraction, progress, seed)
 
 
@@ -152,13 +163,13 @@ def _check_updates(method: Method, examples: int) -> None:
     @given(
         rows=st.integers(1, 8),
         cols=st.integers(1, 8),
-        block=st.sampled_from((1, 4, 8)),
+        block=st.sampled_from((1, 4, 8, (16, 1))),
         density=st.floats(0.05, 1.0),
         fraction=share,
         progress=share,
         seed=st.integers(0, 2**31),
     )
-    def check(rows: int, cols: int, block: int, density: float, fraction: float, progress: float, seed: int) -> None:
+    def check(rows: int, cols: int, block: Block, density: float, fraction: float, progress: float, seed: int) -> None:
         case = _case(rows, cols, block, density, fraction, progress, seed)
         assume(_accepts(method, case.layer.topology) and case.layer.density < 1.0)
         _check_update(method, case)

@@ -84,7 +84,11 @@ def check_layer(layer: str | LayerOption) -> LayerReport:
 def network(option: LayerOption, *, seed: int = 1, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """A feed-forward half with the option, ``32 -> 64 -> 32``."""
     dense = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)).to(dtype)
-    return sparsify(dense, density=DENSITY, block_size=BLOCK, layer=option, seed=seed)
+    return sparsify(dense, density=DENSITY, block_size=_block(option), layer=option, seed=seed)
+
+
+def _block(option: LayerOption) -> int:
+    return BLOCK if option.block_size is None else option.block_size
 
 
 def check_declaration(option: object) -> None:
@@ -103,7 +107,7 @@ def _check_seeds(option: LayerOption) -> None:
     dense = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
     state = torch.get_rng_state()
     first, again, other = (
-        sparsify(copy.deepcopy(dense), density=DENSITY, block_size=BLOCK, layer=option, seed=seed).state_dict()
+        sparsify(copy.deepcopy(dense), density=DENSITY, block_size=_block(option), layer=option, seed=seed).state_dict()
         for seed in (1, 1, 2)
     )
     assert torch.equal(torch.get_rng_state(), state), (
@@ -149,7 +153,7 @@ def _check_flops(option: LayerOption) -> int:
     model = network(option)
     report = count_flops(model, batch_size=1, seq_length=7)
     assert not report.not_counted, f"{option.name}: count_flops does not know {report.not_counted[0]}"
-    first = Place(WIDTH, HIDDEN, True, BLOCK, DENSITY)
+    first = Place(WIDTH, HIDDEN, True, _block(option), DENSITY)
     second = first.of(HIDDEN, WIDTH)
     weights = option.pair_weights(first, second)
     counted = report.products.forward
@@ -218,7 +222,7 @@ def _bert(option: LayerOption) -> BertModel:
     state = torch.get_rng_state()
     bert = BertModel(BertConfig(**_BERT)).eval()
     torch.set_rng_state(state)
-    return sparsify(bert, density=DENSITY, block_size=BLOCK, include="encoder.*", layer=option)
+    return sparsify(bert, density=DENSITY, block_size=_block(option), include="encoder.*", layer=option)
 
 
 class _Run:

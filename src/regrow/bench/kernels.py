@@ -211,7 +211,7 @@ def _bench_shape(
             out_features=out_features,
             tokens=n_tokens,
             density=layer.density,
-            block_size=b if isinstance(b, int) else str(BlockShape.of(b)),
+            block_size=BlockShape.of(b).label,
             dense_seconds=dense_seconds,
             sparse_seconds=seconds[repr((b, density))],
             speedup=dense_seconds / seconds[repr((b, density))],

@@ -48,7 +48,8 @@ class LayerReport:
     Args:
         name: qualified module name.
         out_features, in_features: shape of the weight ``W``.
-        block_size, n_blocks, density: edge of a block, how many there are, and their share of all positions.
+        block_size, n_blocks, density: edge of a block (``"16x1"`` of gathered ones), how many there are, and their
+            share of all positions.
         norm: Frobenius norm :math:`\sqrt{\sum w^2}`; absent blocks are zeros.
         mean_abs: mean :math:`|w|` over the elements of existing blocks.
         dead_outputs, dead_inputs: rows and columns of ``W`` that hold nothing but zeros; such an output is its bias.
@@ -58,7 +59,7 @@ class LayerReport:
     name: str
     out_features: int
     in_features: int
-    block_size: int
+    block_size: int | str
     n_blocks: int
     density: float
     norm: float
@@ -162,7 +163,7 @@ def inspect_layer(name: str, layer: BlockSparseLinear, history: LayerHistory | N
         name=name,
         out_features=layer.out_features,
         in_features=layer.in_features,
-        block_size=layer.block_size,
+        block_size=layer.block_shape.label,
         n_blocks=topology.n_blocks,
         density=topology.density,
         norm=float(torch.linalg.vector_norm(layer.values, dtype=torch.float64)),

@@ -204,7 +204,8 @@ def _different_pattern(first: nn.Module, model: nn.Module) -> str | None:
         one, other = ours[name], theirs[name]
         sizes = [(x.out_features, x.in_features, x.block_shape) for x in (one, other)]
         if sizes[0] != sizes[1]:
-            return f"{name} has {"x".join(map(str, sizes[1][2]))} blocks or another shape, not {"x".join(map(str, sizes[0][2]))}"
+            expected, found = ("x".join(map(str, size[2])) for size in sizes)
+            return f"{name} has {found} blocks or another shape, not {expected}"
         missing = set(one.topology.keys().tolist()) ^ set(other.topology.keys().tolist())
         if missing:
             return (

@@ -292,7 +292,9 @@ def _updates(costs: Costs, method: UpdateRule, schedule: Schedule) -> UpdateFlop
     for module, layer in costs.items():
         if not isinstance(module, BlockSparseLinear) or layer.weights == layer.dense_weights:
             continue  # a layer without a free position is left alone
-        size = LayerSize(module.in_features, module.out_features, module.block_size, module.values.shape[0], module.block_shape.cols)
+        size = LayerSize(
+            module.in_features, module.out_features, module.block_size, module.values.shape[0], module.block_shape.cols
+        )
         rule += method.update_flops(size, layer.rows)
         if method.needs_gradient and module.activation is not None:
             capture += layer.flops.forward  # the layer keeps nothing from before its activation

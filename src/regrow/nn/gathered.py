@@ -35,9 +35,7 @@ class GatheredLinear(BlockSparseLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, density: float, **options: Any) -> None:
-        super().__init__(
-            in_features, out_features, block_size=GATHERED_ROWS, block_cols=1, density=density, **options
-        )
+        super().__init__(in_features, out_features, block_size=GATHERED_ROWS, block_cols=1, density=density, **options)
 
 
 def sparse_linear(

@@ -47,6 +47,11 @@ class BlockShape(NamedTuple):
         return self.rows == self.cols
 
     @property
+    def label(self) -> int | str:
+        """For reports: the edge of a square, else as ``str``."""
+        return self.rows if self.is_square else str(self)
+
+    @property
     def numbers(self) -> int:
         """Weights of a block."""
         return self.rows * self.cols

@@ -101,6 +101,8 @@ class LayerOption:
     link: ClassVar[str] = ""
     always_sparse: ClassVar[bool] = True
     """Nothing of a dense weight's size or cost is ever computed."""
+    block_size: ClassVar[int | None] = None
+    """The only edge of a block that it takes; by default it takes all."""
     pairs: ClassVar[bool] = False
     """It replaces feed-forward halves, two layers with an activation between; other layers get plain blocks."""
 

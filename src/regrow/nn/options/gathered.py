@@ -1,14 +1,14 @@
 """Gathered blocks: every 16 outputs have a list of single inputs of their own. Always sparse.
 
 G. Huang, H. Li, M. Qin, F. Sun, Y. Ding, Y. Xie, *Shfl-BW: Accelerating Deep Neural Network Inference with Tensor-Core
-Aware Weight Pruning*, 2022, https://arxiv.org/abs/2203.05016, and Y. Tan, K. Han, K. Zhao, X. Yu, Z. Du, Y. Chen, Y. Wang,
+Aware Weight Pruning*, 2022, https://arxiv.org/abs/2203.05016; Y. Tan, K. Han, K. Zhao, X. Yu, Z. Du, Y. Chen, Y. Wang,
 J. Yao, *Accelerating Sparse Convolution with Column Vector-Wise Sparsity*, NeurIPS 2022.
 
-Both papers prune a trained model for inference, in columns of several outputs and one input whose places are arbitrary,
-and keep the matrix tile of a block by gathering inputs; both permute rows too, to put similar ones together. Here rows
-stay, and the columns are the units that move in always-sparse training, by any method: blocks of 16 x 1,
-:class:`regrow.nn.GatheredLinear`. At equal density a layer has as many weights as one of 16 x 16 blocks. FLOPs are equal,
-the unit is 16 times as fine, and which inputs go together is not fixed by their order. Indices take 16 times as much.
+The papers prune for GPUs: blocks whose rows and columns are permuted, and vectors of several outputs and one input as the
+unit, with similar rows brought together. Here rows stay where they are, and the vectors are what moves in always-sparse
+training, by any method: blocks of 16 x 1, :class:`regrow.nn.GatheredLinear`. At equal density a layer has the weights and
+the FLOPs of one of 16 x 16 blocks; the unit is 16 times as fine, and which inputs go together is not fixed by their
+order. There are 16 times as many indices.
 
     >>> from torch import nn
     >>> from regrow import sparsify
@@ -35,6 +35,7 @@ class Gathered(LayerOption):
     paper = "Huang et al., Shfl-BW: Accelerating Deep Neural Network Inference with Tensor-Core Aware Weight Pruning"
     year = 2022
     link = "https://arxiv.org/abs/2203.05016"
+    block_size = GATHERED_ROWS
 
     def build(self, place: Place) -> GatheredLinear:
         if place.block_size != GATHERED_ROWS:
