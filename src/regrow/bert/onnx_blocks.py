@@ -44,7 +44,7 @@ class Part:
 def block_product(onnx: Any, layer: BlockSparseLinear, name: str, x: str, y: str) -> Part:
     """``y = x W^T`` of a sparse layer, without its bias.
 
-    For each group of block rows with ``k`` blocks, ``b x w``, each: ``y^T[rows] = blocks [rows, b, k * w] @ x^T[cols]``.
+    For each group of block rows with ``k`` blocks, ``b x w``, each: ``y^T[rows] = blocks [rows, b, k * w] @ x^T[c]``.
 
     Args:
         name: what names of nodes and constants begin with.

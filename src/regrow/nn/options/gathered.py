@@ -4,11 +4,11 @@ G. Huang, H. Li, M. Qin, F. Sun, Y. Ding, Y. Xie, *Shfl-BW: Accelerating Deep Ne
 Aware Weight Pruning*, 2022, https://arxiv.org/abs/2203.05016; Y. Tan, K. Han, K. Zhao, X. Yu, Z. Du, Y. Chen, Y. Wang,
 J. Yao, *Accelerating Sparse Convolution with Column Vector-Wise Sparsity*, NeurIPS 2022.
 
-The papers prune for GPUs: blocks whose rows and columns are permuted, and vectors of several outputs and one input as the
-unit, with similar rows brought together. Here rows stay where they are, and the vectors are what moves in always-sparse
-training, by any method: blocks of 16 x 1, :class:`regrow.nn.GatheredLinear`. At equal density a layer has the weights and
-the FLOPs of one of 16 x 16 blocks; the unit is 16 times as fine, and which inputs go together is not fixed by their
-order. There are 16 times as many indices.
+The papers prune for GPUs: blocks whose rows and columns are permuted, and vectors of several outputs and one input as
+the unit, with similar rows brought together. Here rows stay where they are, and the vectors are what moves in
+always-sparse training, by any method: blocks of 16 x 1, :class:`regrow.nn.GatheredLinear`. At equal density a layer has
+the weights and the FLOPs of one of 16 x 16 blocks; the unit is 16 times as fine, and which inputs go together is not
+fixed by their order. There are 16 times as many indices.
 
     >>> from torch import nn
     >>> from regrow import sparsify
