@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
-from regrow import BlockSparseLinear, RegrowError, sparsify
+from regrow import RegrowError, sparsify
 from regrow.bert.export import HEADS, compare, export_dense, plain_copy, random_batches
 from regrow.bert.fused import Fusions, fuse
 from regrow.bert.model import build_model, dense_bytes, stored_bytes
@@ -22,6 +22,7 @@ from regrow.bert.soup import greedy_soup, save_soup, soup
 from regrow.bert.tokenizer import train_wordpiece
 from regrow.cli import main
 from regrow.nn import named_sparse_layers
+from regrow.nn.gathered import sparse_linear
 
 DIFFERENCE = 1e-5
 
@@ -204,16 +205,16 @@ def test_blocks_make_a_small_file_and_both_kinds_agree(tmp_path: Path, capsys: p
 
 
 @pytest.mark.usefixtures("onnx_modules")
-@pytest.mark.parametrize("block_size", [1, 4, 64])
+@pytest.mark.parametrize("block", [1, 4, 64, (16, 1)])
 @pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)], ids=str)
-def test_a_layers_operators_compute_the_layer(block_size: int, shape: tuple[int, ...]) -> None:
+def test_a_layers_operators_compute_the_layer(block: int | tuple[int, int], shape: tuple[int, ...]) -> None:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
     from regrow.bert.onnx_blocks import block_product
 
-    layer = BlockSparseLinear(64, 128, block_size=block_size, density=0.02, bias=False)
-    if block_size < 64:
+    layer = sparse_linear(64, 128, block=block, density=0.02, bias=False)
+    if block in (1, 4):
         assert int(layer.topology.row_ptr.diff().min()) == 0  # rows without blocks are part of the test
     part = block_product(onnx, layer, "layer", "x", "y")
     ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]

@@ -44,15 +44,15 @@ def pattern(n_rows: int, n_cols: int, n_blocks: int, seed: int = 0, crowded_rows
 
 
 def to_dense(values: Tensor, p: Pattern) -> Tensor:
-    """``[n_blocks, b, b]`` -> ``[R*b, C*b]``; differentiable."""
-    b = values.shape[1]
-    grid = values.new_zeros(p.n_rows, p.n_cols, b, b).index_put((p.rows, p.cols), values)
-    return grid.transpose(1, 2).reshape(p.n_rows * b, p.n_cols * b)
+    """``[n_blocks, b, w]`` -> ``[R*b, C*w]``; differentiable."""
+    _, b, width = values.shape
+    grid = values.new_zeros(p.n_rows, p.n_cols, b, width).index_put((p.rows, p.cols), values)
+    return grid.transpose(1, 2).reshape(p.n_rows * b, p.n_cols * width)
 
 
-def from_dense(weight: Tensor, p: Pattern, b: int) -> Tensor:
+def from_dense(weight: Tensor, p: Pattern, b: int, width: int | None = None) -> Tensor:
     """The blocks of the pattern: the inverse of :func:`to_dense`."""
-    return weight.view(p.n_rows, b, p.n_cols, b)[p.rows, :, p.cols, :]
+    return weight.view(p.n_rows, b, p.n_cols, width or b)[p.rows, :, p.cols, :]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

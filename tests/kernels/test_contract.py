@@ -21,15 +21,18 @@ from .problems import normal, pattern
 P = pattern(4, 3, 5)
 
 
-def arguments(op: str, b: int, dtype: torch.dtype = torch.float32, n: int = 6, grad: bool = True) -> tuple:
-    x, g = normal(n, 3 * b, seed=1, dtype=dtype), normal(n, 4 * b, seed=2, dtype=dtype)
-    values, bias = normal(5, b, b, seed=3, dtype=dtype), normal(4 * b, seed=4, dtype=dtype)
+def arguments(
+    op: str, b: int, dtype: torch.dtype = torch.float32, n: int = 6, grad: bool = True, *, width: int | None = None
+) -> tuple:
+    w = width or b
+    x, g = normal(n, 3 * w, seed=1, dtype=dtype), normal(n, 4 * b, seed=2, dtype=dtype)
+    values, bias = normal(5, b, w, seed=3, dtype=dtype), normal(4 * b, seed=4, dtype=dtype)
     x, g, values, bias = (t.requires_grad_(grad) for t in (x, g, values, bias))
     return {
         "spmm": (x, values, bias, *P.index),
-        "spmm_t": (g, values, *P.index, 3 * b),
-        "sddmm": (g, x, *P.index, b, False),
-        "sddmm_with_sum": (g, x, *P.index, b, True),
+        "spmm_t": (g, values, *P.index, 3 * w),
+        "sddmm": (g, x, *P.index, b, False, width),
+        "sddmm_with_sum": (g, x, *P.index, b, True, width),
         "spmm_gelu": (x, values, bias, *P.index, True),
     }[op]
 
@@ -38,15 +41,16 @@ def operator(op: str) -> torch._ops.OpOverloadPacket:
     return getattr(torch.ops.regrow, op.removesuffix("_with_sum"))
 
 
-@pytest.mark.parametrize("b", [1, 3, 4, 16])
+@pytest.mark.parametrize(("b", "width"), [(1, None), (3, None), (4, None), (16, None), (16, 1), (3, 1)])
 @pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm", "sddmm_with_sum", "spmm_gelu"])
-def test_opcheck(op: str, b: int) -> None:
-    torch.library.opcheck(operator(op).default, arguments(op, b))
+def test_opcheck(op: str, b: int, width: int | None) -> None:
+    torch.library.opcheck(operator(op).default, arguments(op, b, width=width))
 
 
+@pytest.mark.parametrize("width", [None, 1])
 @pytest.mark.parametrize("op", ["spmm", "spmm_t", "sddmm", "sddmm_with_sum"])
-def test_gradcheck(op: str) -> None:
-    args = arguments(op, 2, torch.float64, n=3)
+def test_gradcheck(op: str, width: int | None) -> None:
+    args = arguments(op, 2, torch.float64, n=3, width=width)
     function = operator(op)
     assert torch.autograd.gradcheck(function, args)
     assert torch.autograd.gradgradcheck(function, args)
@@ -103,11 +107,11 @@ class Written(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("b", [1, 4, 16])
-def test_nothing_dense_is_allocated(b: int, dtype: torch.dtype) -> None:
-    p = pattern(256 // b, 512 // b, 256 * 512 // (20 * b * b))
+@pytest.mark.parametrize(("b", "width"), [(1, 1), (4, 4), (16, 16), (16, 1)])
+def test_nothing_dense_is_allocated(b: int, width: int, dtype: torch.dtype) -> None:
+    p = pattern(256 // b, 512 // width, 256 * 512 // (20 * b * width))
     x = normal(4, 512, dtype=dtype).requires_grad_()
-    values = normal(p.n_blocks, b, b, dtype=dtype).requires_grad_()
+    values = normal(p.n_blocks, b, width, dtype=dtype).requires_grad_()
     bias = normal(256, dtype=dtype).requires_grad_()
     with LargestTensor() as largest:
         spmm(x, values, bias, *p.index).square().sum().backward()
@@ -129,24 +133,25 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("b", [1, 3, 4, 16])
+@pytest.mark.parametrize(("b", "width"), [(1, None), (3, None), (4, None), (16, None), (16, 1), (3, 1)])
 @pytest.mark.parametrize(("name", "position", "content"), BAD)
-def test_bad_indices_are_named(name: str, position: int, content: list[int], b: int) -> None:
+def test_bad_indices_are_named(name: str, position: int, content: list[int], b: int, width: int | None) -> None:
     index = list(P.index)
     index[position] = torch.tensor(content, dtype=torch.int32)
     for op in ("spmm", "spmm_t", "sddmm", "spmm_gelu"):
-        args = list(arguments(op, b, grad=False))
+        args = list(arguments(op, b, grad=False, width=width))
         first = next(i for i, a in enumerate(args) if a is P.index[0])
         args[first : first + 3] = index
         with pytest.raises(RegrowError, match=name):
             getattr(torch.ops.regrow, op)(*args)
 
 
-def test_slot_named_twice() -> None:
-    args = list(arguments("sddmm", 4, grad=False))
+@pytest.mark.parametrize(("b", "width"), [(4, 4), (16, 1)])
+def test_slot_named_twice(b: int, width: int) -> None:
+    args = list(arguments("sddmm", b, grad=False, width=width))
     args[4] = torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32)
     with pytest.raises(RegrowError, match="slot"):
-        sddmm(*args[:-1])
+        sddmm(*args[:6], width)
 
 
 def test_bad_tensors_are_named() -> None:
@@ -180,6 +185,8 @@ def test_bad_tensors_are_named() -> None:
         sddmm(g[1:], x, *index, 4)
     with pytest.raises(RegrowError, match="block_size"):
         sddmm(g, x, *index, 0)
+    with pytest.raises(RegrowError, match="block_cols is 2"):
+        sddmm(g, x, *index, 4, 2)
 
 
 def test_an_optimizer_state_of_another_shape_is_refused() -> None:

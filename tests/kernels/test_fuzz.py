@@ -67,11 +67,11 @@ class Source:
     def tokens(self) -> int:
         return self.one_of(0, 1, 2, 3, 5, 16, 17, 33, 64, 65, 70)
 
-    def weight(self, rows: int, cols: int, b: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def weight(self, rows: int, cols: int, b: int, width: int | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``values`` and ``row_ptr, col_idx, slot``; rows, columns and the whole may be empty."""
         n = self.one_of(0, 1, rows * cols // 8, rows * cols // 2, rows * cols)
         p = pattern(rows, cols, min(n, rows * cols), seed=self.below(1000))
-        return self.numbers(p.n_blocks, b, b), tuple(placed(self.draw, i) for i in p.index)
+        return self.numbers(p.n_blocks, b, width or b), tuple(placed(self.draw, i) for i in p.index)
 
     def blocks(self, b: int) -> int:
         """Along one edge of a weight."""
@@ -93,11 +93,14 @@ class Source:
 
 def spmm(s: Source, *, gelu: bool = False) -> tuple:
     b, n = s.edge(), s.tokens()
-    rows, cols = s.blocks(b), s.blocks(b)
+    width = s.one_of(b, b, 1)
+    rows, cols = s.blocks(b), s.blocks(width)
+    if s.below(8) == 0:  # gathered blocks
+        b, width, cols = 16, 1, s.one_of(1, 7, 16, 40, 300)
     if b == 1 and s.below(4) == 0:  # rows so long that they are taken in chunks
         rows, cols, n = s.one_of(1, 3), 400, s.one_of(255, 256, 300)
-    values, index = s.weight(rows, cols, b)
-    return s.numbers(n, cols * b), values, s.bias(rows * b), *index, *(s.flags(1) if gelu else ())
+    values, index = s.weight(rows, cols, b, width)
+    return s.numbers(n, cols * width), values, s.bias(rows * b), *index, *(s.flags(1) if gelu else ())
 
 
 def spmm_t(s: Source) -> tuple:
@@ -108,7 +111,7 @@ def spmm_t(s: Source) -> tuple:
 
 def sddmm(s: Source) -> tuple:
     g, values, *index, width = spmm_t(s)
-    return g, s.numbers(g.shape[0], width), *index, values.shape[1], *s.flags(1)
+    return g, s.numbers(g.shape[0], width), *index, values.shape[1], *s.flags(1), values.shape[2]
 
 
 def spmm_gelu_backward(s: Source) -> tuple:

@@ -24,9 +24,12 @@ from tqdm.auto import tqdm
 from regrow.bench.timing import Task, interleaved_medians
 from regrow.kernels.machine import describe_machine
 from regrow.nn import BlockSparseLinear
+from regrow.nn.gathered import sparse_linear
+from regrow.nn.shape import BlockShape
 from regrow.topology import TopologyUpdate
 
 Shape = tuple[int, int]
+Block = int | tuple[int, int]
 
 SHAPES: tuple[Shape, ...] = ((512, 512), (512, 2048), (2048, 512), (768, 768), (768, 3072), (3072, 768))
 """(in_features, out_features) of BERT-Small's and BERT-Base's encoder layers."""
@@ -43,7 +46,8 @@ class Row:
     out_features: int
     tokens: int
     density: float
-    block_size: int
+    block_size: int | str
+    """An edge, or ``"16x1"`` for gathered blocks."""
     dense_seconds: float
     sparse_seconds: float
     speedup: float
@@ -59,13 +63,15 @@ class Row:
 def bench_kernels(
     *,
     shapes: Sequence[Shape] = SHAPES,
-    blocks: Sequence[int] = (1, 4, 8, 16, 32),
+    blocks: Sequence[Block] = (1, 4, 8, 16, 32),
     densities: Sequence[float] = (0.1,),
     tokens: Sequence[int] = (4096,),
     rounds: int = 7,
     progress: bool = False,
 ) -> list[Row]:
     """Measure every combination; dense and all sparse variants of a shape take turns in one process.
+
+    A block is an edge, or ``(16, 1)`` for gathered blocks.
 
     Example:
         >>> [row] = bench_kernels(shapes=[(64, 64)], blocks=[16], densities=[0.5], tokens=[8], rounds=1)
@@ -178,7 +184,7 @@ def _works(task: Task) -> bool:
 
 
 def _bench_shape(
-    shape: Shape, n_tokens: int, blocks: Sequence[int], densities: Sequence[float], rounds: int
+    shape: Shape, n_tokens: int, blocks: Sequence[Block], densities: Sequence[float], rounds: int
 ) -> list[Row]:
     in_features, out_features = shape
     generator = torch.Generator().manual_seed(0)
@@ -186,7 +192,7 @@ def _bench_shape(
     cotangent = torch.randn(n_tokens, out_features, generator=generator)
     dense = nn.Linear(in_features, out_features)
     layers = {
-        (b, density): BlockSparseLinear(in_features, out_features, block_size=b, density=density, generator=generator)
+        (b, density): sparse_linear(in_features, out_features, block=b, density=density, generator=generator)
         for b in blocks
         for density in densities
     }
@@ -205,7 +211,7 @@ def _bench_shape(
             out_features=out_features,
             tokens=n_tokens,
             density=layer.density,
-            block_size=b,
+            block_size=BlockShape.of(b).label,
             dense_seconds=dense_seconds,
             sparse_seconds=seconds[repr((b, density))],
             speedup=dense_seconds / seconds[repr((b, density))],
@@ -278,9 +284,9 @@ def table(rows: Sequence[Row]) -> str:
     for key in dict.fromkeys((round(r.density, 2), r.block_size) for r in rows):
         group = [r for r in rows if (round(r.density, 2), r.block_size) == key]
         speedup, eps = _median(group, lambda r: r.speedup), _median(group, lambda r: r.eps)
-        critical = CRITICAL_EPS.get(key[1])
+        critical = CRITICAL_EPS.get(key[1]) if isinstance(key[1], int) else None
         verdict = "" if critical is None else f"  ({'below' if eps < critical else 'above'} critical {critical})"
-        lines.append(f"density {key[0]:<5} block {key[1]:<3} speed-up {speedup:5.2f}x  eps {eps:5.2f}{verdict}")
+        lines.append(f"density {key[0]:<5} block {key[1]:<4} speed-up {speedup:5.2f}x  eps {eps:5.2f}{verdict}")
     return "\n".join(lines)
 
 

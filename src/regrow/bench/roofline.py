@@ -16,6 +16,7 @@ import torch
 from regrow.bench.kernels import Row
 from regrow.bench.picture import new_figure
 from regrow.bench.timing import interleaved_medians
+from regrow.nn.shape import BlockShape
 
 
 def intensity(row: Row) -> float:
@@ -52,7 +53,7 @@ def plot(rows: Sequence[Row], bandwidth: float, path: Path) -> None:
     )
     dense = [(intensity(row) / row.density, row.dense_gflops) for row in rows]
     axes.scatter(*zip(*dense, strict=True), color="black", marker="s", s=18, label="dense")
-    for b in sorted({row.block_size for row in rows}):
+    for b in sorted({row.block_size for row in rows}, key=lambda b: BlockShape.parse(str(b))):
         points = [(intensity(row), row.sparse_gflops) for row in rows if row.block_size == b]
         axes.scatter(*zip(*points, strict=True), s=22, label=f"block {b}")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="10^9 FLOPs a second (non-zeros)")

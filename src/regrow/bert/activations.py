@@ -14,6 +14,7 @@ from transformers.models.bert.modeling_bert import BertModel
 
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear
+from regrow.nn.options import Composite
 
 _TOKENS = 2048
 """Tokens from which a layer's thresholds are found."""
@@ -121,9 +122,11 @@ def _changed_inputs(layers: Mapping[str, nn.Module], change: Callable[[str, Tens
 
 def _column_norms(layer: Any) -> Tensor:
     """``[in_features]``"""
+    if isinstance(layer, Composite):  # or an error: nothing is known of what it computes
+        return layer.to_dense().norm(dim=0)
     if not isinstance(layer, BlockSparseLinear):
         return layer.weight.norm(dim=0)
-    squares = layer.values.new_zeros(layer.topology.n_block_cols, layer.block_size)
+    squares = layer.values.new_zeros(layer.topology.n_block_cols, layer.block_shape.cols)
     squares.index_add_(0, layer.topology.coordinates()[1], layer.values.square().sum(1))
     return squares.flatten().sqrt()
 

@@ -90,7 +90,7 @@ def changes(before: nn.Module, after: nn.Module) -> dict[str, Changes]:
 
 
 def _compare_layers(name: str, before: BlockSparseLinear, after: BlockSparseLinear) -> _Counts:
-    shapes = [(layer.out_features, layer.in_features, layer.block_size) for layer in (before, after)]
+    shapes = [(layer.out_features, layer.in_features, str(layer.block_shape)) for layer in (before, after)]
     if shapes[0] != shapes[1]:
         raise RegrowError(f"{name} is of {shapes[0]} in one model and of {shapes[1]} in the other (out, in, block)")
     old, new = before.topology.keys(), after.topology.keys()

@@ -150,6 +150,11 @@ def _weights(layer: BertLayer, where: str) -> list[Weight]:
     for name, linear in zip(NAMES, linears, strict=True):
         if not isinstance(linear, BlockSparseLinear):
             raise RegrowError(f"{where}: its {name} is {type(linear).__name__}; prepare needs all six layers sparse")
+        if not linear.block_shape.is_square:
+            raise RegrowError(
+                f"{where}: its {name} has gathered blocks of {linear.block_shape}; prepare is for square blocks, "
+                "run the model as it is"
+            )
         if hooked(linear):
             raise RegrowError(f"{where}: a hook on its {name} would not be called; remove it before prepare")
         if linear.activation is not None and name != "first":  # there the GELU is applied either way

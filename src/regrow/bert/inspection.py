@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from regrow.bert.model import dense_bytes, stored_bytes
 from regrow.bert.run import CHECKPOINTS, TOPOLOGY_LOG, RunDirectory
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, density_of, named_sparse_layers
+from regrow.nn.replace import built_places, dense_elements
 from regrow.topology import ExploredPositions
 from regrow.training.checkpoint import TOPOLOGY_FILE, damaged, load_tensors
 from regrow.training.checks import header, is_count, is_number, wrong_counters, wrong_history
@@ -46,7 +48,8 @@ class LayerReport:
     Args:
         name: qualified module name.
         out_features, in_features: shape of the weight ``W``.
-        block_size, n_blocks, density: edge of a block, how many there are, and their share of all positions.
+        block_size, n_blocks, density: edge of a block (``"16x1"`` of gathered ones), how many there are, and their
+            share of all positions.
         norm: Frobenius norm :math:`\sqrt{\sum w^2}`; absent blocks are zeros.
         mean_abs: mean :math:`|w|` over the elements of existing blocks.
         dead_outputs, dead_inputs: rows and columns of ``W`` that hold nothing but zeros; such an output is its bias.
@@ -56,7 +59,7 @@ class LayerReport:
     name: str
     out_features: int
     in_features: int
-    block_size: int
+    block_size: int | str
     n_blocks: int
     density: float
     norm: float
@@ -76,6 +79,7 @@ class Inspection:
         density: share of the weights of these layers together that exist.
         parameters, dense_parameters: of the whole model, as it is and with ``nn.Linear`` for every sparse layer.
         stored_bytes, dense_bytes: the same of what is saved, indices included.
+        options: how many layers are of each other option than plain blocks, by its name.
     """
 
     model_class: str
@@ -85,6 +89,7 @@ class Inspection:
     dense_parameters: int
     stored_bytes: int
     dense_bytes: int
+    options: dict[str, int] = field(default_factory=dict)
 
 
 def inspect_model(
@@ -109,18 +114,17 @@ def inspect_model(
     """
     chosen = sparse_layers(model, layers)
     history = history or {}
-    every = [layer for _, layer in named_sparse_layers(model)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    absent = sum(layer.in_features * layer.out_features - layer.values.numel() for layer in every)
     named = tqdm(chosen.items(), desc="inspecting", leave=False, delay=2)  # a small model needs no bar
     return Inspection(
         model_class=type(model).__name__,
         layers=tuple(inspect_layer(name, layer, history.get(name)) for name, layer in named),
         density=density_of(chosen.values()),
         parameters=parameters,
-        dense_parameters=parameters + absent,
+        dense_parameters=dense_elements(model),
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
+        options=dict(Counter(built.option.name for _, _, built in built_places(model))),
     )
 
 
@@ -159,7 +163,7 @@ def inspect_layer(name: str, layer: BlockSparseLinear, history: LayerHistory | N
         name=name,
         out_features=layer.out_features,
         in_features=layer.in_features,
-        block_size=layer.block_size,
+        block_size=layer.block_shape.label,
         n_blocks=topology.n_blocks,
         density=topology.density,
         norm=float(torch.linalg.vector_norm(layer.values, dtype=torch.float64)),

@@ -44,7 +44,7 @@ class Part:
 def block_product(onnx: Any, layer: BlockSparseLinear, name: str, x: str, y: str) -> Part:
     """``y = x W^T`` of a sparse layer, without its bias.
 
-    For each group of block rows with ``k`` blocks each: ``y^T[rows] = blocks [rows, b, k * b] @ x^T[columns]``.
+    For each group of block rows with ``k`` blocks, ``b x w``, each: ``y^T[rows] = blocks [rows, b, k * w] @ x^T[c]``.
 
     Args:
         name: what names of nodes and constants begin with.
@@ -52,7 +52,7 @@ def block_product(onnx: Any, layer: BlockSparseLinear, name: str, x: str, y: str
     """
     part = Part(onnx, name)
     tokens = part.node("Reshape", x, part.constant("tokens", [-1, layer.in_features]))
-    panels = part.constant("panels", [layer.topology.n_block_cols, layer.block_size, -1])
+    panels = part.constant("panels", [layer.topology.n_block_cols, layer.block_shape.cols, -1])
     panels = part.node("Reshape", part.node("Transpose", tokens, perm=[1, 0]), panels)
     products = []
     for k, (blocks, columns) in grouped_blocks(layer).items():
@@ -70,20 +70,20 @@ def block_product(onnx: Any, layer: BlockSparseLinear, name: str, x: str, y: str
 
 
 def grouped_blocks(layer: BlockSparseLinear) -> dict[int, tuple[Tensor, Tensor]]:
-    """Blocks of rows with equally many: ``{k: (blocks [rows, b, k * b], columns [rows * k])}``, ``k`` ascending.
+    """Blocks of rows with equally many: ``{k: (blocks [rows, b, k * w], columns [rows * k])}``, ``k`` ascending.
 
     A row without blocks gets one of zeros: ONNX has no product over nothing.
     """
-    b, (row_ptr, col_idx, slot) = layer.block_size, (index.long() for index in layer.topology.indices())
+    (b, width), (row_ptr, col_idx, slot) = layer.block_shape, (index.long() for index in layer.topology.indices())
     counts, groups = row_ptr.diff(), {}
     values = layer.values.detach()
     for k in counts.unique().tolist():
         rows = (counts == k).nonzero().squeeze(1)
         if k == 0:
-            groups[k] = values.new_zeros(len(rows), b, b), torch.zeros_like(rows)
+            groups[k] = values.new_zeros(len(rows), b, width), torch.zeros_like(rows)
             continue
         entries = row_ptr[rows][:, None] + torch.arange(k)
-        blocks = values[slot[entries]].transpose(1, 2).reshape(len(rows), b, k * b)
+        blocks = values[slot[entries]].transpose(1, 2).reshape(len(rows), b, k * width)
         groups[k] = blocks, col_idx[entries].flatten()
     return groups
 

@@ -49,7 +49,7 @@ def pattern(layer: BlockSparseLinear, edge: int = EDGE) -> Tensor:
         >>> pattern(layer).tolist()
         [[nan, 2.0]]
     """
-    topology, b = layer.topology, layer.block_size
+    topology = layer.topology
     shape = topology.n_block_rows, topology.n_block_cols
     n_rows, n_cols = (min(edge, n) for n in shape)
     rows, cols = (index.cpu() for index in topology.coordinates())
@@ -61,7 +61,7 @@ def pattern(layer: BlockSparseLinear, edge: int = EDGE) -> Tensor:
         torch.bincount(torch.arange(n) * cut // n, minlength=cut)
         for n, cut in zip(shape, (n_rows, n_cols), strict=True)
     )
-    rms = (sums / (height[:, None] * width * b * b)).sqrt()
+    rms = (sums / (height[:, None] * width * layer.block_shape.numbers)).sqrt()
     return torch.where(blocks == 0, torch.nan, torch.where(rms.isnan(), torch.inf, rms))
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from regrow.cli.parser import OneLineParser, list_of, run_subcommand, shape
+from regrow.cli.parser import OneLineParser, block, list_of, run_subcommand, shape
 
 
 def run(argv: Sequence[str]) -> int:
@@ -31,7 +31,9 @@ def _kernels(argv: Sequence[str]) -> int:
     )
     default = ",".join(f"{i}x{o}" for i, o in SHAPES)
     parser.add_argument("--shapes", type=list_of(shape), default=default, help="IN x OUT, as 512x2048,768x768")
-    parser.add_argument("--blocks", type=list_of(int), default="1,4,8,16,32", help="block sizes")
+    parser.add_argument(
+        "--blocks", type=list_of(block), default="1,4,8,16,32", help="block sizes; 16x1: gathered blocks"
+    )
     parser.add_argument("--densities", type=list_of(float), default="0.1", help="shares of blocks that exist")
     parser.add_argument("--tokens", type=list_of(int), default="4096", help="rows of the input")
     parser.add_argument("--rounds", type=int, default=7, help="medians are taken over so many rounds")

@@ -34,6 +34,12 @@ def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
+def block(text: str) -> int | tuple[int, int]:
+    """The type of an option that takes blocks: an edge, as 16, or outputs by inputs, as 16x1."""
+    rows, _, cols = text.lower().partition("x")
+    return (int(rows), int(cols)) if cols else int(rows)
+
+
 def shape(text: str) -> tuple[int, int]:
     """The type of an option that takes the shape of a layer, as 512x2048."""
     in_features, out_features = text.lower().split("x")

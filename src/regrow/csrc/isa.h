@@ -3,6 +3,7 @@
 #include "adamw.h"
 #include "encoder.h"
 #include "ffn.h"
+#include "gathered.h"
 #include "attention.h"
 #include "kernels.h"
 #include "loss.h"
@@ -21,6 +22,12 @@
         .pack_columns = pack_columns_any,  \
         .spmm = spmm_any,                  \
         .sddmm = sddmm_any,                \
+        .gathered_scratch = gathered_scratch,                   \
+        .gathered_t_scratch = gathered_t_scratch,               \
+        .gathered_sddmm_scratch = gathered_sddmm_scratch,       \
+        .gathered = gathered,              \
+        .gathered_t = gathered_t,          \
+        .gathered_sddmm = gathered_sddmm,  \
         .reduce = reduce_any,              \
         .ffn_plan = ffn_plan_any,          \
         .ffn = ffn_any,                    \

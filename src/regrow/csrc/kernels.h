@@ -184,32 +184,33 @@ constexpr int64_t kSegment = 128;  // terms
 // handed to end(Int<Mm>, acc) while in the registers.
 // Rounding: a long row is summed in segments, because the error of one chain of additions grows with its length.
 // Few vectors of sums leave the multipliers waiting for additions, unless there are two chains of them.
-template <int B, int Mm, int Chains, class End>
+// A block has B outputs and K inputs.
+template <int B, int Mm, int Chains, int K, class End>
 INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const int32_t* idx, int64_t n, End&& end) {
     constexpr int G = Shape<B>::G, NV = Shape<B>::NV, PW = Shape<B>::PW;
-    constexpr int64_t kBlocks = kSegment / B;
+    constexpr int64_t kBlocks = kSegment / K, kAhead = K == B ? 1 : 4;
     V acc[Chains][Mm][NV];
     float before[Mm * NV * W] __attribute__((aligned(64)));  // the segments already summed
     for (bool first = true;; first = false) {
         unroll<Chains>([&](auto c) LAMBDA {
             unroll<Mm>([&](auto m) LAMBDA { unroll<NV>([&](auto v) LAMBDA { acc[c][m][v] = V{}; }); });
         });
-        for (int64_t left = min64(n, kBlocks); left > 0; --left, ++idx, w += B * B) {
+        for (int64_t left = min64(n, kBlocks); left > 0; --left, ++idx, w += B * K) {
             const float* xp = panel + *idx * stride;
             const float* wp = w;
-            const float* next = panel + idx[left > 1 ? 1 : 0] * stride;
+            const float* next = panel + idx[left > kAhead ? kAhead : 0] * stride;
 #pragma GCC unroll 2
-            for (int k = 0; k < B; k += Chains, xp += Chains * G, wp += Chains * PW) {
+            for (int k = 0; k < K; k += Chains, xp += Chains * G, wp += Chains * PW) {
                 // A block this small is over before the hardware has noticed where the next one is.
-                if constexpr (NV == 1) {
-                    constexpr int kLines = (Mm * W / 16 + B - 1) / B;
+                if constexpr (NV == 1 || K < B) {
+                    constexpr int kLines = K < B ? (Mm * G + 15) / 16 : (Mm * W / 16 + B - 1) / B;
                     unroll<kLines * Chains>([&](auto i) LAMBDA { __builtin_prefetch(next + (k * kLines + i) * 16); });
                 }
                 unroll<Chains>([&](auto c) LAMBDA {
                     V wv[NV];
                     unroll<NV>([&](auto v) LAMBDA { wv[v] = expand<G>(wp + c * PW + v * W); });
                     unroll<Mm>([&](auto m) LAMBDA {
-                        const V xv = bcast<G>(xp + c * G + m * (B * G));
+                        const V xv = bcast<G>(xp + c * G + m * (K * G));
                         unroll<NV>([&](auto v) LAMBDA { acc[c][m][v] += wv[v] * xv; });
                     });
                 });
@@ -234,24 +235,25 @@ INLINE void spmm_micro(const float* panel, int64_t stride, const float* w, const
 
 // The last register tile of a range may be shorter: a multiple of Q groups. Two chains round otherwise than one: they are
 // for `Few`, where it does not depend on the threads how short a tile is.
-template <int B, bool Few = false, int Mm = Shape<B>::M, class End>
+template <int B, bool Few = false, int K = B, int Mm = Shape<B>::M, class End>
 INLINE void spmm_groups(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
                         int64_t n, End&& end) {
     if constexpr (Mm > Shape<B>::Q) {
         if (groups < Mm) {
-            return spmm_groups<B, Few, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n, static_cast<End&&>(end));
+            return spmm_groups<B, Few, K, Mm - Shape<B>::Q>(groups, panel, stride, w, idx, n,
+                                                            static_cast<End&&>(end));
         }
     }
-    spmm_micro<B, Mm, Few && Mm * Shape<B>::NV < 8 ? 2 : 1>(panel, stride, w, idx, n, end);
+    spmm_micro<B, Mm, Few && Mm * Shape<B>::NV < 8 ? 2 : 1, K>(panel, stride, w, idx, n, end);
 }
 
 // The sums and a bias -> rows out_stride apart. The bias comes last, because a sum that starts at a large bias rounds
 // every small product to the bias's precision.
-template <int B>
+template <int B, int K = B>
 INLINE void spmm_rows(int64_t groups, const float* panel, int64_t stride, const float* w, const int32_t* idx,
                       int64_t n, const float* bias, float* out, int64_t out_stride, bool streaming = false) {
     constexpr int NV = Shape<B>::NV;
-    spmm_groups<B>(groups, panel, stride, w, idx, n, [&](auto mm, auto& acc) LAMBDA {
+    spmm_groups<B, false, K>(groups, panel, stride, w, idx, n, [&](auto mm, auto& acc) LAMBDA {
         unroll<NV>([&](auto v) LAMBDA {
             const V end = bias ? load_any(bias + v * W) : V{};
             if (streaming) {
@@ -266,20 +268,20 @@ INLINE void spmm_rows(int64_t groups, const float* panel, int64_t stride, const 
 // ---- large blocks: vectors of outputs, straight into y ------------------------------------------
 
 // One block row, for the m <= M tokens at `part`; `live` of them exist.
-template <int B>
+template <int B, int K = B>
 INLINE void spmm_row(const SpmmArgs& a, int64_t r, const float* part, int64_t stride, int64_t m, int64_t live, float* y,
                      float* spare, bool streaming) {
     constexpr int PW = Shape<B>::PW;
     const int64_t p0 = a.ptr[r], n = a.ptr[r + 1] - p0, out = a.out_blocks * B;
     for (int piece = 0; piece < B; piece += PW) {
-        const float* w = a.packed + p0 * (B * B) + piece * B;
+        const float* w = a.packed + p0 * (B * K) + piece * K;
         const float* bias = a.bias ? a.bias + r * B + piece : nullptr;
         float* to = y + r * B + piece;
         if (live >= m && !a.gelu) {
-            spmm_rows<B>(m, part, stride, w, a.idx + p0, n, bias, to, out, streaming);
+            spmm_rows<B, K>(m, part, stride, w, a.idx + p0, n, bias, to, out, streaming);
             continue;
         }
-        spmm_rows<B>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
+        spmm_rows<B, K>(m, part, stride, w, a.idx + p0, n, bias, spare, PW);
         if (a.gelu) {
             put_gelu<PW>(spare, min64(m, live), PW, to, move(a.slope, to - a.y), out, streaming);
         } else {
@@ -612,12 +614,12 @@ void sddmm_range(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, flo
     }
 }
 
-template <int B>
+template <int Numbers>
 void reduce(const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks, float* dvalues) {
     for (int64_t p = 0; p < n_blocks; ++p) {
-        const float* from = acc + p * (B * B);
-        float* to = dvalues + int64_t(slot[p]) * (B * B);
-        for (int e = 0; e < B * B; ++e) {
+        const float* from = acc + p * Numbers;
+        float* to = dvalues + int64_t(slot[p]) * Numbers;
+        for (int e = 0; e < Numbers; ++e) {
             float sum = from[e];
             for (int i = 1; i < n_acc; ++i) sum += from[i * acc_stride + e];
             to[e] = sum;
@@ -663,9 +665,11 @@ void spmm_any(const SpmmArgs& a, int64_t t0, int64_t t1, float* scratch) {
 void sddmm_any(const SddmmArgs& a, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum) {
     with_block(a.block, [&](auto b) { sddmm_range<b>(a, t0, t1, scratch, acc, g_sum); });
 }
-void reduce_any(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
+void reduce_any(int64_t numbers, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
                 float* dvalues) {
-    with_block(block, [&](auto b) { reduce<b>(acc, acc_stride, n_acc, slot, n_blocks, dvalues); });
+    int edge = 1;  // of a square of so many; only their number matters
+    while (edge * edge < numbers) edge *= 2;
+    with_block(edge, [&](auto b) { reduce<b * b>(acc, acc_stride, n_acc, slot, n_blocks, dvalues); });
 }
 
 }  // namespace

@@ -77,7 +77,8 @@ void spmm(Address x, Address scale, Address values, Address bias, Address y, Add
 }
 
 void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, Address row_ptr, Address col_idx,
-           Address slot, int64_t n_tokens, int64_t rows, int64_t cols, int64_t n_blocks, int b, int threads) {
+           Address slot, int64_t n_tokens, int64_t rows, int64_t cols, int64_t n_blocks, int b, int width,
+           int threads) {
     SddmmArgs a{at<const float>(g), at<const float>(scale), at<const float>(x), at<const int32_t>(row_ptr),
                 at<const int32_t>(col_idx), rows, cols, rows * b, b};
     const int32_t* slots = at<const int32_t>(slot);
@@ -86,6 +87,10 @@ void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, 
     // The work is a grid: the tokens are cut in two at most, because every cut of them costs a copy of the sums, and
     // the block rows, into ranges of about equally many blocks, by as many as there are threads left.
     const KernelTable& table = *g_table;
+    const bool gathered = width != b;
+    const auto sums = gathered ? table.gathered_sddmm : table.sddmm;
+    const auto scratch_of = gathered ? table.gathered_sddmm_scratch : table.sddmm_scratch;
+    const int64_t numbers = int64_t(b) * width;  // of a block
     const int by_tokens = threads > 1 && n_tokens > 1 ? 2 : 1;
     const int by_rows = int(std::clamp<int64_t>(threads / by_tokens, 1, std::max<int64_t>(rows, 1)));
     const int n = by_tokens * by_rows;
@@ -98,11 +103,11 @@ void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, 
         const int64_t blocks = a.ptr[row[k]] - a.ptr[row[k - 1]];
         most_blocks = std::max(most_blocks, blocks);
         most_rows = std::max(most_rows, row[k] - row[k - 1]);
-        own = std::max(own, table.sddmm_scratch(b, row[k] - row[k - 1], cols, blocks));
+        own = std::max(own, scratch_of(b, row[k] - row[k - 1], cols, blocks));
     }
     const size_t each = padded(own);
     // Sums of a part: dvalues in CSR order, then g_sum. Parts of one range lie side by side.
-    const size_t sum_at = padded(most_blocks * b * b + 64), size = sum_at + padded(g_sum ? most_rows * b : 0);
+    const size_t sum_at = padded(most_blocks * numbers + 64), size = sum_at + padded(g_sum ? most_rows * b : 0);
     float* scratch = t_scratch.reserve(std::max<size_t>(n * (size + each), padded(n_blocks)));
     check_permutation(slots, n_blocks, scratch);
     fence_each(scratch + n * size, n, own, each);
@@ -117,17 +122,17 @@ void sddmm(Address g, Address scale, Address x, Address dvalues, Address g_sum, 
         part.rows = row[k + 1] - row[k];
         float* acc = scratch + i * size;
         std::memset(acc, 0, size * sizeof(float));
-        fence(acc, most_blocks * b * b + 64, sum_at);
+        fence(acc, most_blocks * numbers + 64, sum_at);
         fence(acc + sum_at, g_sum ? most_rows * b : 0, size - sum_at);
-        table.sddmm(part, cut(n_tokens, t, by_tokens), cut(n_tokens, t + 1, by_tokens), scratch + n * size + i * each,
-                    acc, g_sum ? acc + sum_at : nullptr);
+        sums(part, cut(n_tokens, t, by_tokens), cut(n_tokens, t + 1, by_tokens), scratch + n * size + i * each, acc,
+             g_sum ? acc + sum_at : nullptr);
     });
     parallel(n, [&](int i) {  // again a part each: its share of the range's blocks and columns
         const int k = i / by_tokens, t = i % by_tokens;
         const float* acc = scratch + k * by_tokens * size;
         const int64_t first = a.ptr[row[k]], blocks = a.ptr[row[k + 1]] - first, columns = (row[k + 1] - row[k]) * b;
         const int64_t p = cut(blocks, t, by_tokens);
-        table.reduce(b, acc + p * b * b, size, by_tokens, slots + first + p, cut(blocks, t + 1, by_tokens) - p,
+        table.reduce(numbers, acc + p * numbers, size, by_tokens, slots + first + p, cut(blocks, t + 1, by_tokens) - p,
                      at<float>(dvalues));
         if (!g_sum) return;
         for (int64_t f = cut(columns, t, by_tokens); f < cut(columns, t + 1, by_tokens); ++f) {
@@ -153,6 +158,7 @@ void bind_encoder(nb::module_& m);  // native_encoder.cpp
 void bind_loss(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_ffn(nb::module_& m);  // native_ffn.cpp
+void bind_gathered(nb::module_& m);
 void bind_sparse_attention(nb::module_& m);
 
 NB_MODULE(_native, m) {
@@ -173,12 +179,13 @@ NB_MODULE(_native, m) {
     m.def("spmm", &spmm, "x"_a, "scale"_a, "values"_a, "bias"_a, "y"_a, "slope"_a, "row_ptr"_a, "col_idx"_a, "slot"_a,
           "n_tokens"_a, "in_blocks"_a, "out_blocks"_a, "n_blocks"_a, "block"_a, "transposed"_a, "gelu"_a, "threads"_a);
     m.def("sddmm", &sddmm, "g"_a, "scale"_a, "x"_a, "dvalues"_a, "g_sum"_a, "row_ptr"_a, "col_idx"_a, "slot"_a,
-          "n_tokens"_a, "rows"_a, "cols"_a, "n_blocks"_a, "block"_a, "threads"_a);
+          "n_tokens"_a, "rows"_a, "cols"_a, "n_blocks"_a, "block"_a, "width"_a, "threads"_a);
     m.def("adamw", &adamw_step, "values"_a, "grad"_a, "mean"_a, "square"_a, "size"_a, "root"_a, "n_blocks"_a,
           "elements"_a, "beta1"_a, "beta2"_a, "keep"_a, "eps"_a, "threads"_a);
     bind_loss(m);
     bind_norm(m);
     bind_ffn(m);
+    bind_gathered(m);
     bind_attention(m);
     bind_sparse_attention(m);
     bind_encoder(m);

@@ -28,6 +28,17 @@ struct SpmmArgs {
     bool gelu;              // the activation, or none
 };
 
+struct GatheredArgs {       // dx = g W, of blocks of 16 outputs and one input
+    const float* g;         // [n_tokens, rows*16]
+    const float* scale;     // multiplies g, element by element; or null
+    const float* packed;    // [n_blocks, 16] in the order of positions
+    float* dx;              // [n_tokens, cols]
+    const int32_t* ptr;     // [rows + 1]
+    const int32_t* idx;     // [n_blocks] column of each block
+    const int32_t* parts;   // [n_parts + 1] ranges of block rows; sums are put aside between them
+    int64_t rows, cols, n_parts;
+};
+
 struct SddmmArgs {          // a range of R block rows of a weight
     const float* g;         // [n_tokens, R*b], rows g_width apart
     const float* scale;     // multiplies g, element by element; or null
@@ -216,8 +227,15 @@ struct KernelTable {
     // Adds the tokens [t0, t1) to acc [blocks of the range, b, b] (CSR order, room for 64 floats after the end), and
     // their g to g_sum [R*b] unless that is null.
     void (*sddmm)(const SddmmArgs&, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum);
-    // dvalues[slot[p]] = sum over the accumulators in order, p < n_blocks.
-    void (*reduce)(int block, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
+    // Gathered blocks, of 16 outputs and one input. Forward takes blocks in the order of positions and as wide as they are.
+    size_t (*gathered_scratch)(int64_t cols);
+    size_t (*gathered_t_scratch)(int64_t cols);
+    size_t (*gathered_sddmm_scratch)(int block, int64_t rows, int64_t cols, int64_t n_blocks);
+    void (*gathered)(const SpmmArgs&, int64_t t0, int64_t t1, float* scratch);
+    void (*gathered_t)(const GatheredArgs&, int64_t t0, int64_t t1, float* scratch);
+    void (*gathered_sddmm)(const SddmmArgs&, int64_t t0, int64_t t1, float* scratch, float* acc, float* g_sum);
+    // dvalues[slot[p]] = sum over the accumulators in order, p < n_blocks, of blocks of `numbers`.
+    void (*reduce)(int64_t numbers, const float* acc, size_t acc_stride, int n_acc, const int32_t* slot, int64_t n_blocks,
                    float* dvalues);
     FfnPlan (*ffn_plan)(int block, int64_t in_blocks, int64_t hidden_blocks, int64_t out_blocks, bool backward);
     // Tokens [t0, t1).

@@ -184,7 +184,7 @@ struct TwoSums {
     void add_blocks(const float* from, const Weight& w, float* sum, int i, int n) const {
         const int64_t begin = cut(w.n_blocks, i, n), count = cut(w.n_blocks, i + 1, n) - begin;
         const int b = w.args.block;
-        if (sum) g_table->reduce(b, from + begin * b * b, size, n, w.args.slot + begin, count, sum);
+        if (sum) g_table->reduce(b * b, from + begin * b * b, size, n, w.args.slot + begin, count, sum);
     }
     void add_numbers(const float* from, int64_t width, float* sum, int i, int n) const {
         if (!sum) return;

@@ -11,7 +11,9 @@ A weight ``W`` of shape ``[out, in] = [R * b, C * b]`` is kept as its non-zero b
 ======================  ================================================================================
 
 :func:`spmm` is ``y = x W^T + bias``, :func:`spmm_t` is ``dx = g W`` and :func:`sddmm` is ``g^T x`` at the
-blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. Nothing of the size of ``W`` is ever allocated.
+blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. These four also take *gathered* blocks, ``values
+[n_blocks, b, 1]``, of ``b`` outputs and a single input: a block column is then a feature, and ``W`` is
+``[R * b, C]``. Compiled they are for ``b = 16``. Nothing of the size of ``W`` is ever allocated.
 
 Beside them is what a transformer layer has between its products: :func:`attention` over packed sequences;
 :func:`dropout_add_norm`, which is dropout, residual sum and LayerNorm in one pass; dropout by a seed alone, in

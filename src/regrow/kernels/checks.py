@@ -48,9 +48,12 @@ def check_index(index: Sequence[Tensor], device: torch.device, which: str = "") 
         raise RegrowError(f"row_ptr{which} is empty; it needs one entry more than there are block rows")
 
 
-def check_blocks(values: Tensor, index: Sequence[Tensor], which: str = "") -> None:
-    if values.dim() != 3 or values.shape[1] != values.shape[2] or not values.shape[1]:
-        raise RegrowError(f"values{which} must be [n_blocks, b, b], not {list(values.shape)}")
+def check_blocks(values: Tensor, index: Sequence[Tensor], which: str = "", *, columns: bool = False) -> None:
+    """Square blocks; with ``columns`` also single columns, ``[n_blocks, b, 1]``."""
+    widths = (values.shape[1], 1 if columns else values.shape[1]) if values.dim() == 3 else ()
+    if values.dim() != 3 or values.shape[2] not in widths or not values.shape[1]:
+        or_column = " or [n_blocks, b, 1]" if columns else ""
+        raise RegrowError(f"values{which} must be [n_blocks, b, b]{or_column}, not {list(values.shape)}")
     check_index(index, values.device, which)
     for name, tensor in (("col_idx", index[1]), ("slot", index[2])):
         if tensor.shape[0] != values.shape[0]:

@@ -17,6 +17,8 @@ from regrow.errors import RegrowError
 from regrow.kernels.checks import check_tensor
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
+GATHERED = (16, 1)
+"""Outputs and inputs of the only blocks that are not square."""
 _CPU = torch.device("cpu")
 
 
@@ -36,9 +38,11 @@ def native() -> ModuleType:
         ) from error
 
 
-def supports(x: Tensor, block_size: int) -> bool:
+def supports(x: Tensor, block_size: int, block_cols: int | None = None) -> bool:
     """Whether these kernels handle it; anything else goes to the reference."""
-    return x.is_cpu and x.dtype is torch.float32 and block_size in BLOCK_SIZES
+    square = block_cols is None or block_cols == block_size
+    known = block_size in BLOCK_SIZES if square else (block_size, block_cols) == GATHERED
+    return x.is_cpu and x.dtype is torch.float32 and known
 
 
 def supports_rows(*tensors: Tensor | None) -> bool:
@@ -78,13 +82,34 @@ def _spmm(
     gelu: bool = False,
     with_slope: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    n, (n_blocks, b, _) = x.shape[0], values.shape
+    n, (n_blocks, b, cols) = x.shape[0], values.shape
     width = (index[0].shape[0] - 1) * b if in_features is None else in_features
     y = x.new_empty(n, width)
     slope = torch.empty_like(y) if with_slope else y.new_empty(0)
+    if cols != b:
+        _gathered(x, scale, values, bias, y, slope if with_slope else None, index, in_features is not None, gelu)
+        return y, slope
     sizes = n, x.shape[1] // b, width // b, n_blocks, b, in_features is not None, gelu
     call("spmm", (x, scale, values, bias, y, slope if with_slope else None, *index), *sizes)
     return y, slope
+
+
+def _gathered(
+    x: Tensor,
+    scale: Tensor | None,
+    values: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    slope: Tensor | None,
+    index: Sequence[Tensor],
+    transposed: bool,
+    gelu: bool,
+) -> None:
+    sizes = x.shape[0], y.shape[1] if transposed else x.shape[1], index[0].shape[0] - 1, values.shape[0]
+    if transposed:
+        call("gathered_t", (x, scale, values, y, *index), *sizes)
+    else:
+        call("gathered", (x, values, bias, y, slope, *index), *sizes, gelu)
 
 
 def sddmm(
@@ -92,6 +117,7 @@ def sddmm(
     x: Tensor,
     index: Sequence[Tensor],
     block_size: int,
+    block_cols: int,
     with_sum: bool,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -100,9 +126,9 @@ def sddmm(
     With ``scale``, of the shape of ``g``, of their product instead of ``g``.
     """
     n_blocks = index[2].shape[0]
-    dvalues = g.new_empty(n_blocks, block_size, block_size)
+    dvalues = g.new_empty(n_blocks, block_size, block_cols)
     g_sum = g.new_empty(g.shape[1] if with_sum else 0)
-    sizes = g.shape[0], index[0].shape[0] - 1, x.shape[1] // block_size, n_blocks, block_size
+    sizes = g.shape[0], index[0].shape[0] - 1, x.shape[1] // block_cols, n_blocks, block_size, block_cols
     call("sddmm", (g, scale, x, dvalues, g_sum if with_sum else None, *index), *sizes)
     return dvalues, g_sum
 

@@ -21,7 +21,8 @@ _INDEX = "Tensor row_ptr, Tensor col_idx, Tensor slot"
 torch.library.define("regrow::spmm", f"(Tensor x, Tensor values, Tensor? bias, {_INDEX}) -> Tensor")
 torch.library.define("regrow::spmm_t", f"(Tensor g, Tensor values, {_INDEX}, SymInt in_features) -> Tensor")
 torch.library.define(
-    "regrow::sddmm", f"(Tensor g, Tensor x, {_INDEX}, SymInt block_size, bool with_sum) -> (Tensor, Tensor)"
+    "regrow::sddmm",
+    f"(Tensor g, Tensor x, {_INDEX}, SymInt block_size, bool with_sum, SymInt? block_cols=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "regrow::spmm_gelu", f"(Tensor x, Tensor values, Tensor? bias, {_INDEX}, bool with_slope) -> (Tensor, Tensor)"
@@ -41,7 +42,7 @@ def spmm(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, col_id
 
     Args:
         x: ``[N, in]``, any strides.
-        values: ``[n_blocks, b, b]``, the dtype of ``x``.
+        values: ``[n_blocks, b, b]``, or ``[n_blocks, b, 1]``, the dtype of ``x``.
         bias: ``[out]`` or None.
         row_ptr, col_idx, slot: see :mod:`regrow.kernels`.
 
@@ -66,9 +67,10 @@ def spmm_t(g: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, slot: Te
 
     Args:
         g: ``[N, out]``, any strides.
-        values: ``[n_blocks, b, b]``, the dtype of ``g``.
+        values: ``[n_blocks, b, b]``, or ``[n_blocks, b, 1]``, the dtype of ``g``.
         row_ptr, col_idx, slot: see :mod:`regrow.kernels`.
-        in_features: the width of the result, a multiple of ``b``; the indices do not tell how many columns there are.
+        in_features: the width of the result, a multiple of a block's; the indices do not tell how many columns
+            there are.
 
     Returns:
         ``dx [N, in_features]``.
@@ -84,19 +86,28 @@ def spmm_t(g: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, slot: Te
     return _SPMM_T(g, values, row_ptr, col_idx, slot, in_features)
 
 
-def sddmm(g: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, slot: Tensor, block_size: int) -> Tensor:
+def sddmm(
+    g: Tensor,
+    x: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    slot: Tensor,
+    block_size: int,
+    block_cols: int | None = None,
+) -> Tensor:
     """Gradient of :func:`spmm` in ``values``: ``g^T x`` at the blocks only.
 
-    ``dvalues[slot[p]] = g[:, r*b:(r+1)*b]^T x[:, c*b:(c+1)*b]`` for position ``p`` at block ``(r, c)``.
+    ``dvalues[slot[p]] = g[:, r*b:(r+1)*b]^T x[:, c*w:(c+1)*w]`` for position ``p`` at block ``(r, c)``.
 
     Args:
         g: ``[N, out]``, any strides.
         x: ``[N, in]``, the dtype of ``g``, any strides.
         row_ptr, col_idx, slot: see :mod:`regrow.kernels`.
         block_size: ``b``.
+        block_cols: ``w``; of square blocks it need not be said.
 
     Returns:
-        ``dvalues [n_blocks, b, b]``.
+        ``dvalues [n_blocks, b, w]``.
 
     Raises:
         RegrowError: shapes, dtypes or devices disagree, or an index is out of range.
@@ -107,7 +118,7 @@ def sddmm(g: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, slot: Tensor, 
     tensor([[[ 10., 100.],
              [ 20., 200.]]])
     """
-    return _SDDMM(g, x, row_ptr, col_idx, slot, block_size, False)[0]
+    return _SDDMM(g, x, row_ptr, col_idx, slot, block_size, False, block_cols)[0]
 
 
 def spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, col_idx: Tensor, slot: Tensor) -> Tensor:
@@ -130,58 +141,66 @@ def spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, c
 
 def _check_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> None:
     check_data("x", x, {"values": values, "bias": bias})
-    check_blocks(values, index)
-    b = values.shape[1]
-    check_in(x, b)
-    check_bias(bias, index[0], b)
+    check_blocks(values, index, columns=True)
+    check_in(x, values.shape[2])
+    check_bias(bias, index[0], values.shape[1])
 
 
 def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
     _check_forward(x, values, bias, index)
-    if cpu.supports(x, values.shape[1]):
+    if cpu.supports(x, *values.shape[1:]):
         return cpu.spmm(x, values, bias, index)
-    check_contents(index, x.shape[1] // values.shape[1])
+    check_contents(index, x.shape[1] // values.shape[2])
     return reference.spmm(x, values, bias, index)
 
 
 def _spmm_t(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
     *index, in_features = rest
     check_data("g", g, {"values": values})
-    check_blocks(values, index)
-    b = values.shape[1]
+    check_blocks(values, index, columns=True)
+    _, b, width = values.shape
     check_out("g", g, index[0], b)
-    if in_features < 0 or in_features % b:
-        raise RegrowError(f"in_features is {in_features}; it must be a multiple of the block edge, {b}")
-    if cpu.supports(g, b):
+    if in_features < 0 or in_features % width:
+        raise RegrowError(f"in_features is {in_features}; it must be a multiple of the block edge, {width}")
+    if cpu.supports(g, b, width):
         return cpu.spmm_t(g, values, index, in_features)
-    check_contents(index, in_features // b)
+    check_contents(index, in_features // width)
     return reference.spmm_t(g, values, index, in_features)
 
 
 def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *index, b, with_sum = rest
+    index, b, with_sum, width = _sddmm_rest(*rest)
     check_data("g", g, {"x": x})
     check_index(index, g.device)
     if b < 1:
         raise RegrowError(f"block_size is {b}; it must be positive")
+    if width not in (b, 1):
+        raise RegrowError(f"block_cols is {width}; it must be block_size, {b}, or 1")
     check_out("g", g, index[0], b)
-    check_in(x, b)
+    check_in(x, width)
     if g.shape[0] != x.shape[0]:
         raise RegrowError(f"g has {g.shape[0]} rows and x has {x.shape[0]}; they must agree")
     if index[1].numel() != index[2].numel():
         raise RegrowError("col_idx and slot must have one entry per block")
-    if cpu.supports(g, b):
-        return cpu.sddmm(g, x, index, b, with_sum)
-    check_contents(index, x.shape[1] // b)
-    return reference.sddmm(g, x, index, b), g.sum(0) if with_sum else g.new_empty(0)
+    if cpu.supports(g, b, width):
+        return cpu.sddmm(g, x, index, b, width, with_sum)
+    check_contents(index, x.shape[1] // width)
+    return reference.sddmm(g, x, index, b, width), g.sum(0) if with_sum else g.new_empty(0)
+
+
+def _sddmm_rest(
+    row_ptr: Tensor, col_idx: Tensor, slot: Tensor, b: int, with_sum: bool, width: int | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor], int, bool, int]:
+    """Index arrays, height of a block, ``with_sum``, width of a block: torch leaves out an argument of its default."""
+    return (row_ptr, col_idx, slot), b, with_sum, b if width is None else width
 
 
 def _spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *index, with_slope = rest
     _check_forward(x, values, bias, index)
-    if cpu.supports(x, values.shape[1]):
+    if cpu.supports(x, *values.shape[1:]):
         return cpu.spmm_gelu(x, values, bias, index, with_slope)
-    check_contents(index, x.shape[1] // values.shape[1])
+    check_contents(index, x.shape[1] // values.shape[2])
     y, slope = reference.gelu_with_slope(reference.spmm(x, values, bias, index))
     return y, slope if with_slope else x.new_empty(0)
 
@@ -191,25 +210,25 @@ def _spmm_gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *index, need_x, need_values, need_bias = rest
     check_data("g", g, {"slope": slope, "x": x, "values": values})
-    check_blocks(values, index)
-    b = values.shape[1]
+    check_blocks(values, index, columns=True)
+    _, b, width = values.shape
     check_out("g", g, index[0], b)
     check_out("slope", slope, index[0], b)
-    check_in(x, b)
+    check_in(x, width)
     if not g.shape[0] == slope.shape[0] == x.shape[0]:
         raise RegrowError(f"g, slope and x have {g.shape[0]}, {slope.shape[0]} and {x.shape[0]} rows; they must agree")
     dx, dvalues, dbias = (g.new_empty(0) for _ in range(3))
-    if not cpu.supports(g, b):
+    if not cpu.supports(g, b, width):
         h = g * slope
         if need_x:
             dx = _spmm_t(h, values, *index, x.shape[1])
         if need_values or need_bias:
-            dvalues, dbias = _sddmm(h, x, *index, b, need_bias)
+            dvalues, dbias = _sddmm(h, x, *index, b, need_bias, width)
         return dx, dvalues, dbias
     if need_x:
         dx = cpu.spmm_t(g, values, index, x.shape[1], scale=slope)
     if need_values or need_bias:
-        dvalues, dbias = cpu.sddmm(g, x, index, b, need_bias, scale=slope)
+        dvalues, dbias = cpu.sddmm(g, x, index, b, width, need_bias, scale=slope)
     return dx, dvalues, dbias
 
 
@@ -222,8 +241,8 @@ def _spmm_t_fake(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
 
 
 def _sddmm_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *index, b, with_sum = rest
-    return g.new_empty(index[2].shape[0], b, b), g.new_empty(g.shape[1] if with_sum else 0)
+    index, b, with_sum, width = _sddmm_rest(*rest)
+    return g.new_empty(index[2].shape[0], b, width), g.new_empty(g.shape[1] if with_sum else 0)
 
 
 def _spmm_gelu_fake(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -264,7 +283,7 @@ def _spmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dx = _SPMM_T(g, values, *index, x.shape[1]) if need_x else None
     dvalues = dbias = None
     if need_values:  # its pass over g yields the bias's gradient too
-        dvalues, dbias = _SDDMM(g, x, *index, values.shape[1], need_bias)
+        dvalues, dbias = _SDDMM(g, x, *index, values.shape[1], need_bias, values.shape[2])
     elif need_bias:
         dbias = g.sum(0)
     return dx, dvalues, dbias if need_bias else None, *[None] * 3
@@ -274,12 +293,12 @@ def _spmm_t_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     g, values, *index = ctx.saved_tensors
     need_g, need_values = ctx.needs_input_grad[:2]
     dg = _SPMM(h, values, None, *index) if need_g else None
-    dvalues = _SDDMM(g, h, *index, values.shape[1], False)[0] if need_values else None
+    dvalues = _SDDMM(g, h, *index, values.shape[1], False, values.shape[2])[0] if need_values else None
     return dg, dvalues, *[None] * 4
 
 
 def _sddmm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.with_sum = inputs[-1]
+    ctx.with_sum = inputs[6]
     _save(ctx, inputs, output[0])
 
 
@@ -289,7 +308,7 @@ def _sddmm_backward(ctx: Any, h: Tensor, h_sum: Tensor) -> tuple[Tensor | None, 
     # A sum over tokens hands its gradient to every token: as a bias does.
     dg = _SPMM(x, h, h_sum if ctx.with_sum else None, *index) if need_g else None
     dx = _SPMM_T(g, h, *index, x.shape[1]) if need_x else None
-    return dg, dx, *[None] * 5
+    return dg, dx, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _spmm_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -30,7 +30,7 @@ class Weight(NamedTuple):
 
 
 def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> Tensor:
-    """``y = x W^T + bias``: ``x [N, C*b]``, ``values [n_blocks, b, b]`` -> ``y [N, R*b]``.
+    """``y = x W^T + bias``: ``x [N, C*w]``, ``values [n_blocks, b, w]`` -> ``y [N, R*b]``.
 
     ``index`` is ``(row_ptr, col_idx, slot)``.
     """
@@ -40,34 +40,34 @@ def spmm(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]
 
 
 def spmm_t(g: Tensor, values: Tensor, index: Sequence[Tensor], in_features: int) -> Tensor:
-    """``dx = g W``: ``g [N, R*b]``, ``values [n_blocks, b, b]`` -> ``dx [N, in_features = C*b]``.
+    """``dx = g W``: ``g [N, R*b]``, ``values [n_blocks, b, w]`` -> ``dx [N, in_features = C*w]``.
 
     ``index`` is ``(row_ptr, col_idx, slot)``.
     """
     row_ptr, col_idx, slot = index
-    return _gather_multiply_add(g, values, owners(row_ptr), col_idx, slot, in_features // values.shape[1])
+    return _gather_multiply_add(g, values, owners(row_ptr), col_idx, slot, in_features // values.shape[2])
 
 
-def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int) -> Tensor:
-    """``dvalues[slot] = g[:, block row]^T x[:, block column]``: -> ``[n_blocks, b, b]``.
+def sddmm(g: Tensor, x: Tensor, index: Sequence[Tensor], block_size: int, block_cols: int) -> Tensor:
+    """``dvalues[slot] = g[:, block row]^T x[:, block column]``: -> ``[n_blocks, b, w]``.
 
     ``index`` is ``(row_ptr, col_idx, slot)``.
     """
     row_ptr, col_idx, slot = index
-    g_blocks, x_blocks = _by_block(g, block_size), _by_block(x, block_size)
+    g_blocks, x_blocks = _by_block(g, block_size), _by_block(x, block_cols)
     rows, cols, slots = owners(row_ptr), col_idx.long(), slot.long()
     parts = [
         torch.bmm(g_blocks[rows[part]].transpose(1, 2), x_blocks[cols[part]])
         for part in _chunks(slots.numel(), g.shape[0] * block_size)
     ]
-    dvalues = g.new_zeros(slots.numel(), block_size, block_size)
+    dvalues = g.new_zeros(slots.numel(), block_size, block_cols)
     return dvalues.index_add(0, slots, torch.cat(parts)) if parts else dvalues
 
 
 def spmm_backward(g: Tensor, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`spmm` in ``x``, ``values`` and ``bias``, from ``g [N, R*b]``."""
     values, _, index = weight
-    return spmm_t(g, values, index, x.shape[1]), sddmm(g, x, index, values.shape[1]), g.sum(0)
+    return spmm_t(g, values, index, x.shape[1]), sddmm(g, x, index, *values.shape[1:]), g.sum(0)
 
 
 def gelu_with_slope(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,12 +100,12 @@ def owners(row_ptr: Tensor) -> Tensor:
 
 def _gather_multiply_add(x: Tensor, blocks: Tensor, in_of: Tensor, out_of: Tensor, slot: Tensor, n_out: int) -> Tensor:
     """Adds ``x[:, in_of] @ blocks[slot]`` to the output block ``out_of`` of each position."""
-    n, b = x.shape[0], blocks.shape[1]
-    x_blocks, (sources, targets, slots) = _by_block(x, b), (i.long() for i in (in_of, out_of, slot))
+    n, b = x.shape[0], blocks.shape[2]
+    x_blocks, (sources, targets, slots) = _by_block(x, blocks.shape[1]), (i.long() for i in (in_of, out_of, slot))
     y = x.new_zeros(n_out, n, b)
-    for part in _chunks(slots.numel(), n * b):
+    for part in _chunks(slots.numel(), n * max(blocks.shape[1:])):
         y = y.index_add(0, targets[part], torch.bmm(x_blocks[sources[part]], blocks[slots[part]]))
-    return y.transpose(0, 1).reshape(n, y.shape[0] * b)
+    return y.transpose(0, 1).reshape(n, y.shape[0] * b).contiguous()  # of single columns it was a view
 
 
 def _by_block(x: Tensor, b: int) -> Tensor:

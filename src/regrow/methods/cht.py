@@ -111,7 +111,7 @@ def ch2_l3n(links: BlockTopology) -> Iterator[tuple[int, Tensor]]:
 
 def ch2_l3n_flops(layer: LayerSize) -> int:
     """FLOPs of all scores of a layer: two sparse products by rows, one by columns for every piece, one dense."""
-    rows, cols = layer.out_features // layer.block_size, layer.in_features // layer.block_size
+    rows, cols = layer.out_features // layer.block_shape.rows, layer.in_features // layer.block_shape.cols
     n_pieces = len(list(_pieces(rows, cols)))
     return 2 * (2 * rows * layer.n_blocks + n_pieces * cols * layer.n_blocks + rows * cols * cols)
 

@@ -86,7 +86,7 @@ class GSE(Method):
         return exchange_keeping(topology, dropped[: positions.numel()], positions)
 
     def update_flops(self, layer: LayerSize, tokens: int) -> int:
-        return round(2 * tokens * self.candidates * layer.n_blocks * layer.block_size**2)
+        return round(2 * tokens * self.candidates * layer.n_blocks * layer.block_shape.numbers)
 
     def _candidates(self, signals: Signals, gradient: Gradient, taken: Tensor) -> Tensor:
         topology = signals.topology

@@ -11,6 +11,7 @@ from torch import Tensor
 from regrow import kernels
 from regrow.errors import RegrowError
 from regrow.methods.scores import Norm, block_norm, strongest
+from regrow.nn.shape import BlockShape
 from regrow.ranks import rank, summed
 from regrow.topology import BlockTopology, ExploredPositions
 
@@ -69,7 +70,7 @@ class Gradient:
     Args:
         x: [N, in] inputs of the layer.
         g: [N, out] gradient of its outputs.
-        block_size: ``b``, dividing both.
+        block_size: ``b``, dividing both, or outputs and inputs of a block, ``(b, w)``, dividing one each.
 
     Example:
         >>> gradient = Gradient(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -4.0]]), block_size=1)
@@ -79,18 +80,19 @@ class Gradient:
         [1, 2]
     """
 
-    def __init__(self, x: Tensor, g: Tensor, block_size: int) -> None:
-        if x.shape[0] != g.shape[0] or x.shape[1] % block_size or g.shape[1] % block_size:
-            raise RegrowError(f"x {list(x.shape)} and g {list(g.shape)} do not fit blocks of {block_size}")
-        self.x, self.g, self.block_size = x, g, block_size
-        self.n_block_rows, self.n_block_cols = g.shape[1] // block_size, x.shape[1] // block_size
+    def __init__(self, x: Tensor, g: Tensor, block_size: int | tuple[int, int]) -> None:
+        shape = BlockShape.of(block_size)
+        if x.shape[0] != g.shape[0] or x.shape[1] % shape.cols or g.shape[1] % shape.rows:
+            raise RegrowError(f"x {list(x.shape)} and g {list(g.shape)} do not fit blocks of {shape}")
+        self.x, self.g, self.block_shape = x, g, shape
+        self.n_block_rows, self.n_block_cols = g.shape[1] // shape.rows, x.shape[1] // shape.cols
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """``[n, b, b]``: the blocks of ``G`` at distinct block positions."""
+        """``[n, b, w]``: the blocks of ``G`` at distinct block positions."""
         topology = BlockTopology.from_coordinates(
             rows, cols, n_block_rows=self.n_block_rows, n_block_cols=self.n_block_cols
         )
-        return summed(kernels.sddmm(self.g, self.x, *topology.indices(), self.block_size))
+        return summed(kernels.sddmm(self.g, self.x, *topology.indices(), *self.block_shape))
 
     def strongest(self, k: int, *, excluded: Tensor, norm: Norm = "l1") -> Tensor:
         """Flat positions of the ``k`` blocks of ``G`` of largest norm that are not ``excluded``, strongest first."""
@@ -98,23 +100,23 @@ class Gradient:
 
     def norms(self, norm: Norm = "l1") -> Iterator[tuple[int, Tensor]]:
         """Block norms of ``G``, a few block rows at a time: ``(first block row, norms [m, C])``."""
-        b, n_rows, n_cols = self.block_size, self.n_block_rows, self.n_block_cols
+        (b, w), n_rows, n_cols = self.block_shape, self.n_block_rows, self.n_block_cols
         row_step = max(1, n_rows // _SHARE)
         col_step = max(1, min(n_cols, n_rows * n_cols // (_SHARE * row_step)))
         for first in range(0, n_rows, row_step):
             g = self.g[:, first * b : (first + row_step) * b]
             parts = []
             for c in range(0, n_cols, col_step):
-                piece = summed(g.T @ self.x[:, c * b : (c + col_step) * b])
-                rows, cols = piece.shape[0] // b, piece.shape[1] // b
-                blocks = piece.view(rows, b, cols, b).transpose(1, 2).reshape(rows * cols, b, b)
+                piece = summed(g.T @ self.x[:, c * w : (c + col_step) * w])
+                rows, cols = piece.shape[0] // b, piece.shape[1] // w
+                blocks = piece.view(rows, b, cols, w).transpose(1, 2).reshape(rows * cols, b, w)
                 parts.append(block_norm(blocks, norm).view(rows, cols))
             yield first, torch.cat(parts, dim=1)
 
     def strengths(self) -> tuple[Tensor, Tensor]:
         """``([R], [C])``: sums of ``|g|`` over the tokens and features of a block row, of ``|x|`` of a block column."""
-        b = self.block_size
-        rows, cols = (summed(t.abs().sum(0).view(-1, b).sum(1)) for t in (self.g, self.x))
+        sides = zip((self.g, self.x), self.block_shape, strict=True)
+        rows, cols = (summed(t.abs().sum(0).view(-1, edge).sum(1)) for t, edge in sides)
         return rows, cols
 
     def sketches(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -122,11 +124,11 @@ class Gradient:
 
         The product of the two signed sketches is an unbiased estimate of ``G``.
         """
-        b = self.block_size
         seed = int(torch.randint(2**62, (), generator=generator))  # the shared source may not depend on a rank's tokens
         own = torch.Generator().manual_seed(seed + rank())
         signs = torch.randint(2, (self.x.shape[0],), generator=own).to(self.x) * 2 - 1
-        rows, cols = (summed(signs @ t).abs().view(-1, b).sum(1) for t in (self.g, self.x))
+        sides = zip((self.g, self.x), self.block_shape, strict=True)
+        rows, cols = (summed(signs @ t).abs().view(-1, edge).sum(1) for t, edge in sides)
         return rows, cols
 
 

@@ -2,6 +2,7 @@
 
 from regrow.nn.attention import attention
 from regrow.nn.ffn import sparse_ffn
+from regrow.nn.gathered import GatheredLinear
 from regrow.nn.linear import BLOCK_SIZES, BlockSparseLinear
 from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.masked import MaskedLinear, mask_linears
@@ -14,6 +15,7 @@ __all__ = [
     "BLOCK_SIZES",
     "BlockSparseLinear",
     "DropoutAddNorm",
+    "GatheredLinear",
     "MaskedLinear",
     "attention",
     "densify",

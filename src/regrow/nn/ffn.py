@@ -49,7 +49,8 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
             raise RegrowError(
                 f"{name} has {width} input features; first has {first.in_features} -> {first.out_features}"
             )
-    if first.block_size != second.block_size or second.activation is not None or hooked(first) or hooked(second):
+    alike = first.block_shape == second.block_shape and first.block_shape.is_square
+    if not alike or second.activation is not None or hooked(first) or hooked(second):
         hidden = first(x)
         return second(hidden if first.activation == "gelu" else gelu(hidden))
     if torch.is_autocast_enabled(x.device.type):  # as the layers do

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from regrow import kernels
 from regrow.errors import RegrowError
 from regrow.nn.init import initialise_
+from regrow.nn.shape import BLOCK_SIZES, BlockShape
 from regrow.topology import BlockTopology, blocks_at_density
 
-BLOCK_SIZES = (1, 4, 8, 16, 32, 64)
+__all__ = ["BLOCK_SIZES", "BlockSparseLinear", "check_block_size"]
+
 _PRODUCTS = {None: kernels.spmm, "gelu": kernels.spmm_gelu}  # by activation
 
 
@@ -27,6 +29,8 @@ class BlockSparseLinear(nn.Module):
     Args:
         in_features, out_features: multiples of ``block_size``.
         block_size: edge ``b`` of a block, one of 1, 4, 8, 16, 32, 64.
+        block_cols: inputs of a block, if it is not square: 1, with ``block_size`` 16; see
+            :class:`regrow.nn.GatheredLinear`.
         density: share of blocks that exist, in (0, 1]; ``n_blocks = round(density * R * C)``, at least one.
         bias: add a learned ``[out_features]`` bias, zero at first.
         activation: ``"gelu"`` for ``y = gelu(x W^T + bias)`` (exact, as :func:`torch.nn.functional.gelu`) in the same
@@ -59,6 +63,7 @@ class BlockSparseLinear(nn.Module):
         out_features: int,
         *,
         block_size: int,
+        block_cols: int | None = None,
         density: float,
         bias: bool = True,
         activation: str | None = None,
@@ -67,14 +72,15 @@ class BlockSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_block_size(in_features, out_features, block_size)
+        shape = BlockShape(block_size, block_size if block_cols is None else block_cols)
+        rows, cols = shape.grid(in_features, out_features)
         if activation not in _PRODUCTS:
             raise RegrowError(f'activation must be None or "gelu", got {activation!r}')
         self.activation = activation
         self.in_features, self.out_features, self.block_size = in_features, out_features, block_size
-        rows, cols = out_features // block_size, in_features // block_size
+        self.block_shape = shape
         n_blocks = blocks_at_density(rows, cols, density)
-        self.values = nn.Parameter(torch.empty(n_blocks, block_size, block_size, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(n_blocks, *shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         if self.values.is_meta:  # a skeleton whose indices and values a checkpoint will bring
             self.topology = BlockTopology(rows, cols, n_blocks, device="meta")
@@ -110,8 +116,8 @@ class BlockSparseLinear(nn.Module):
 
         For export and tests only: nothing in training calls it.
         """
-        b, rows, cols = self.block_size, *self.topology.coordinates()
-        grid = self.values.new_zeros(self.topology.n_block_rows, self.topology.n_block_cols, b, b)
+        rows, cols = self.topology.coordinates()
+        grid = self.values.new_zeros(self.topology.n_block_rows, self.topology.n_block_cols, *self.block_shape)
         grid[rows, cols] = self.values
         return grid.permute(0, 2, 1, 3).reshape(self.out_features, self.in_features)
 
@@ -120,8 +126,8 @@ class BlockSparseLinear(nn.Module):
         """Copy the existing blocks out of a dense ``[out_features, in_features]`` weight; the rest is ignored."""
         if weight.shape != (self.out_features, self.in_features):
             raise RegrowError(f"weight must be [{self.out_features}, {self.in_features}], got {list(weight.shape)}")
-        b, (rows, cols) = self.block_size, self.topology.coordinates()
-        grid = weight.view(self.topology.n_block_rows, b, self.topology.n_block_cols, b)
+        (height, width), (rows, cols) = self.block_shape, self.topology.coordinates()
+        grid = weight.view(self.topology.n_block_rows, height, self.topology.n_block_cols, width)
         self.values.copy_(grid[rows, :, cols])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -139,7 +145,7 @@ class BlockSparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_shape}, "
             f"density={self.density:.4g}, bias={self.bias is not None}"
             + ("" if self.activation is None else f", activation={self.activation}")
         )
@@ -147,11 +153,4 @@ class BlockSparseLinear(nn.Module):
 
 def check_block_size(in_features: int, out_features: int, block_size: int) -> None:
     """Raise unless ``block_size`` is supported and divides both dimensions."""
-    if block_size not in BLOCK_SIZES:
-        raise RegrowError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size < 1 or size % block_size:
-            raise RegrowError(
-                f"block_size {block_size} does not divide {name}={size}; choose a block size that divides both "
-                f"in_features={in_features} and out_features={out_features}"
-            )
+    BlockShape(block_size, block_size).grid(in_features, out_features)

@@ -37,7 +37,7 @@ def merged_linear(layers: Sequence[BlockSparseLinear], x: Tensor) -> Tensor:
     """
     first = layers[0]
     for layer in layers:
-        if (layer.in_features, layer.block_size, layer.activation) != (first.in_features, first.block_size, None):
+        if (layer.in_features, layer.block_shape, layer.activation) != (first.in_features, first.block_shape, None):
             raise RegrowError("merged_linear needs layers of equal in_features and block size, without activation")
     if any(layer._forward_hooks for layer in layers):
         return torch.cat([layer(x) for layer in layers], -1)

@@ -91,7 +91,7 @@ def sparse_attention(
         if width != expected:
             raise RegrowError(f"{name} has {width} features; query has {query.in_features} -> {hidden}")
     if not _fused(layers, x, offsets, hidden // heads):
-        alike = all((part.block_size, part.activation) == (query.block_size, None) for part in inner)
+        alike = all((part.block_shape, part.activation) == (query.block_shape, None) for part in inner)
         alike = alike and not any(hooked(part) for part in inner)
         qkv = merged_linear(inner, x) if alike else torch.cat([layer(x) for layer in inner], -1)
         return output(attention(qkv, offsets, heads, p=p, training=training, scale=scale))
@@ -107,7 +107,7 @@ def _fused(layers: Sequence[BlockSparseLinear], x: Tensor, offsets: Tensor, widt
     """Whether the one operation can do it, and is faster: a thread takes whole sequences through its caches."""
     output = layers[-1]
     b, n_sequences = output.block_size, offsets.shape[0] - 1
-    if any(layer.block_size != b or layer.activation is not None or hooked(layer) for layer in layers):
+    if any(layer.block_shape != (b, b) or layer.activation is not None or hooked(layer) for layer in layers):
         return False
     if x.dim() != 2 or not supports(output.values, width, b):
         return False

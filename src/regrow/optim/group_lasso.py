@@ -23,10 +23,10 @@ def group_lasso_(values: Tensor, *, lr: float, strength: float, factor: BlockFac
               \frac{W_{ij}}{\sqrt{\sum_{block} W^2 + 10^{-6}}}, \quad w_{std} = 0.02
 
     Args:
-        values: [n, b, b].
+        values: [n, b, b] or [n, b, 1].
         lr: current learning rate (eta).
         strength: lambda.
-        factor: ``B`` is the block's element count ``b^2`` (default) or its edge ``b``; the paper leaves it open.
+        factor: ``B`` is the block's element count (default) or its edge ``b``; the paper leaves it open.
 
     Example:
         >>> group_lasso_(torch.full((1, 1, 1), 3.0), lr=0.1, strength=10.0)
@@ -36,7 +36,7 @@ def group_lasso_(values: Tensor, *, lr: float, strength: float, factor: BlockFac
     """
     if factor not in ("elements", "edge"):
         raise RegrowError(f"group_lasso_factor must be 'elements' or 'edge', got {factor!r}")
-    edge = values.shape[-1]
-    size = edge * edge if factor == "elements" else edge
+    _, edge, width = values.shape
+    size = edge * width if factor == "elements" else edge
     norm = (values.square().sum(dim=(1, 2), keepdim=True) + _EPSILON).sqrt()
     return values.sub_(values / norm * (lr * strength * STD * math.sqrt(size)))

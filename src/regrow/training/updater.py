@@ -13,6 +13,7 @@ from regrow.errors import RegrowError
 from regrow.methods import Gradient, Method, Signals, create
 from regrow.nn import BlockSparseLinear, named_sparse_layers
 from regrow.nn.layout import record_layout
+from regrow.nn.options import Composite
 from regrow.optim import check_optimizer, reset_slots_, resize_slots_
 from regrow.optim.state import resized
 from regrow.shards import is_sharded, own, own_rows, whole
@@ -87,6 +88,7 @@ class TopologyUpdater:
     ) -> None:
         self._wrapper, self.model = Wrapper(model), unwrapped(model)
         self.layers = dict(named_sparse_layers(self.model))
+        self._composites = [module for module in self.model.modules() if isinstance(module, Composite)]
         if not self.layers:
             raise RegrowError("the model has no BlockSparseLinear; call regrow.sparsify(model, ...) first")
         # transformers' Trainer hands over a wrapper
@@ -114,6 +116,7 @@ class TopologyUpdater:
         for name, layer in self.layers.items():
             lr = self.optimizer.param_groups[self._group_index[name]]["lr"]
             self.method.regularise_(own(layer.values.data), lr)
+        self._after_step()
         if not self.schedule.is_update(self.n_steps):
             self._prepare()
             return []
@@ -131,6 +134,16 @@ class TopologyUpdater:
             self.last_update_step = self.n_steps
         self._prepare()
         return records
+
+    def _after_step(self) -> None:
+        """Composite layers may have something to do, and may give up parameters."""
+        progress = self.n_steps / self.schedule.total_steps
+        given_up = [parameter for module in self._composites for parameter in module.after_step_(progress)]
+        for parameter in given_up:
+            self.optimizer.state.pop(parameter, None)
+        if given_up:
+            record_layout(self.model, self.layers)
+            self._wrapper.renew()
 
     @property
     def coverage(self) -> float:
@@ -210,7 +223,7 @@ class TopologyUpdater:
         }
 
     def _propose_with(self, name: str, x: Tensor, g: Tensor) -> None:
-        gradient = Gradient(x, g, self.layers[name].block_size)
+        gradient = Gradient(x, g, self.layers[name].block_shape)
         self._proposals[name] = self._propose(name, self.n_steps + 1, gradient)
 
     def _propose(self, name: str, step: int, gradient: Gradient | None = None) -> TopologyUpdate | None:
