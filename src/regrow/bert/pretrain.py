@@ -23,6 +23,7 @@ from regrow.bert.masking import WholeWordMasker
 from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stored_bytes
 from regrow.bert.options import TrainingOptions
 from regrow.bert.progress import ProgressBar
+from regrow.bert.repattern import repattern_
 from regrow.bert.run import RunDirectory, writing
 from regrow.bert.sizes import bert_config, size_named
 from regrow.bert.stream import PairDataset
@@ -129,6 +130,10 @@ class PretrainConfig(TrainingOptions):
         "none", "trackers that get every metric, by transformers' names: none, tensorboard, wandb, ...; comma-separated"
     )
     seed: int = _option(0, "of weights, pattern, data order and masks")
+    pattern_seed: int | None = _option(
+        None,
+        "of the pattern at the start alone: all patterns of one --seed then take their values from the same weights",
+    )
 
     @property
     def schedule(self) -> UpdateSchedule:
@@ -384,6 +389,8 @@ def _model(config: PretrainConfig, method: Method, vocab_size: int) -> BertForPr
         masked=method.dense_layout,
         seed=config.seed,
     )
+    if config.pattern_seed is not None:
+        repattern_(model, pattern_seed=config.pattern_seed, weight_seed=config.seed)
     if config.lr_rule == "supar":
         for _, layer in named_sparse_layers(model):
             layer.values.data *= supar_init_factor(layer.density, config.width_ratio)

@@ -28,7 +28,7 @@ NO_EFFECT = ("output", "parallel", "workers", "keep_checkpoints", "save_steps", 
 """Options that cannot change what is trained: they are no part of a run's identity."""
 RECIPE_FORMAT = 1
 """Raised when the default of an option changes, or what an option does."""
-_OF_SPARSITY = ("density", "distribution", "block_size", "block_steps", "block_warmup")
+_OF_SPARSITY = ("density", "distribution", "block_size", "block_steps", "block_warmup", "pattern_seed")
 _OF_UPDATES = ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates")
 _OF_RATES = ("lr_rule", "lr_scope", "base_width")
 
