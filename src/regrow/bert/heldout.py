@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from regrow.bert.activations import ActivationSparsity, activation_sparsity
+from regrow.bert.essential import EssentialSparsity, essential_sparsity
 from regrow.bert.evaluate import evaluate_pretraining
 from regrow.bert.fused import fuse
 from regrow.bert.model import BertForPreTraining
@@ -62,6 +63,18 @@ class HeldOut:
         """See :func:`regrow.bert.activations.activation_sparsity`; by the masked-word loss."""
         model = load_saved(self.path, BertForPreTraining)  # not fused: activations must be seen
         return activation_sparsity(model, lambda: self._evaluate(model)["mlm_loss"], p=p)
+
+    def essential_sparsity(self, block_size: int | None = None) -> EssentialSparsity:
+        """See :func:`regrow.bert.essential.essential_sparsity`; by the masked-word loss."""
+        model = fuse(load_saved(self.path, BertForPreTraining))  # anew: it will be pruned
+        return essential_sparsity(
+            model,
+            lambda pruned: self._evaluate(pruned)["mlm_loss"],
+            metric="mlm_loss",
+            lower_is_better=True,
+            block_size=block_size,
+            progress=True,
+        )
 
     def _evaluate(self, model: torch.nn.Module, progress: bool = False) -> dict[str, float]:
         return evaluate_pretraining(
