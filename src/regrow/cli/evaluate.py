@@ -32,6 +32,7 @@ def run(argv: Sequence[str]) -> int:
         if path is not None:
             check_new(path)
     _check_essential(asked)
+    found: dict[str, Any]
     if asked.against is not None:
         found = _compare(asked)
     elif asked.task is not None or "task" in _saved(asked.model):
@@ -175,7 +176,7 @@ def _task(asked: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _compare(asked: argparse.Namespace) -> dict[str, float]:
+def _compare(asked: argparse.Namespace) -> dict[str, Any]:
     found = changes(load_saved(asked.against), load_saved(asked.model))
     rows: dict[str, float] = {}
     for name, change in found.items():

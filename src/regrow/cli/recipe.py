@@ -28,9 +28,9 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("name", metavar="NAME", choices=names, help=f"one of {', '.join(names)}")
     recipe = recipe_named(parser.parse_args(argv[:1]).name)
-    config, method, resume = _command(recipe).parse(argv[1:])
+    config, method, layer, resume = _command(recipe).parse(argv[1:])
     try:
-        result = recipe.run(config, method, resume=resume)
+        result = recipe.run(config, method, layer, resume=resume)
     except KeyboardInterrupt:
         print(
             f"\ninterrupted; continue with: regrow recipe {recipe.name} --output {config.output} --resume",
@@ -44,8 +44,8 @@ def run(argv: Sequence[str]) -> int:
 class _RecipeCommand(TrainingCommand):
     """A recipe's own options come last, where a terminal shows them."""
 
-    def _parser(self, method: type) -> Any:
-        parser = super()._parser(method)
+    def _parser(self, flags: Sequence[str]) -> Any:
+        parser = super()._parser(flags)
         own = {of.name for of in fields(self.config)} - {of.name for of in fields(PretrainConfig)}
         group, usual = parser.add_argument_group(f"options of {self.name}"), parser._optionals._group_actions
         group._group_actions += [action for action in usual if action.dest in own]

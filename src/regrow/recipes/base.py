@@ -19,6 +19,7 @@ from regrow.bert.run import CONFIG_FILE, RunDirectory
 from regrow.entries import Option, listed
 from regrow.errors import RegrowError
 from regrow.methods import Method
+from regrow.nn.options import LayerOption
 from regrow.ranks import started_by_torchrun
 from regrow.study.record import read_json, write_json
 
@@ -45,7 +46,7 @@ class Recipe:
     Args:
         name: as in ``regrow recipe NAME``.
         config: dataclass of its options, those of the trainings among them.
-        run: ``run(config, method, resume=...)``.
+        run: ``run(config, method, layer, resume=...)``.
         example: what follows ``regrow recipe NAME``, for help.
     """
 
@@ -135,7 +136,7 @@ class RecipeFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def begin(self, config: Any, method: Method, *, resume: bool) -> None:
+    def begin(self, config: Any, method: Method, layer: LayerOption, *, resume: bool) -> None:
         """Write what the recipe is, unless it goes on.
 
         Raises:
@@ -148,7 +149,7 @@ class RecipeFolder:
             run.read_config()
             return
         run.check_free()
-        run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
+        run.create(asdict(config) | asdict(method) | asdict(layer))  # type: ignore[call-overload]
         run.checkpoints.rmdir()  # the stages have their own
 
     def results(self) -> dict[str, dict[str, Any]]:
@@ -182,11 +183,13 @@ class RecipeFolder:
         write_json(self.path / RESULTS_FILE, self.results() | {stage: stored})
 
 
-def train_stage(config: PretrainConfig, method: Method, *callbacks: TrainerCallback) -> PretrainResult:
+def train_stage(
+    config: PretrainConfig, method: Method, layer: LayerOption, *callbacks: TrainerCallback
+) -> PretrainResult:
     """Begin or continue the pre-training of a stage, in ``config.output``."""
     run = RunDirectory(config.output)
     clear_unbegun(run)
-    return pretrain(config, method, resume=run.begun, callbacks=callbacks)
+    return pretrain(config, method, layer=layer, resume=run.begun, callbacks=callbacks)
 
 
 def clear_unbegun(run: RunDirectory) -> None:

@@ -21,6 +21,7 @@ from regrow.errors import RegrowError
 from regrow.methods import Method
 from regrow.methods.scores import Norm
 from regrow.nn import named_sparse_layers
+from regrow.nn.options import LayerOption
 from regrow.recipes.base import (
     RecipeFolder,
     in_columns,
@@ -113,7 +114,7 @@ class ImpResult:
     always_sparse=False,
     example="--data corpus.txt --size tiny --steps 1000 --rounds 5 --output runs/imp",
 )
-def imp(config: ImpConfig, method: Method, *, resume: bool = False) -> ImpResult:
+def imp(config: ImpConfig, method: Method, layer: LayerOption, *, resume: bool = False) -> ImpResult:
     """Train, prune the weakest blocks, take the others back to an early step, and train again, for some rounds.
 
     Round 0 trains from the start, by default with all blocks. Each further round prunes the weakest share of the blocks
@@ -127,6 +128,7 @@ def imp(config: ImpConfig, method: Method, *, resume: bool = False) -> ImpResult
     Args:
         config: see the fields of :class:`ImpConfig`.
         method: ``static``.
+        layer: what stands in the place of linear layers.
         resume: go on in ``config.output``; finished rounds are not repeated.
 
     Raises:
@@ -134,7 +136,7 @@ def imp(config: ImpConfig, method: Method, *, resume: bool = False) -> ImpResult
     """
     config.check()
     folder = RecipeFolder(config.output)
-    folder.begin(config, method, resume=resume)
+    folder.begin(config, method, layer, resume=resume)
     rewind = folder.path / REWIND / f"checkpoint-{config.rewind_to}"
     rounds: list[Round] = []
     for number in range(config.rounds + 1):
@@ -145,8 +147,10 @@ def imp(config: ImpConfig, method: Method, *, resume: bool = False) -> ImpResult
             if number == 0:
                 say(f"round 0: {config.steps} steps at density {config.density:g}")
             elif not RunDirectory(of_round.output).begun:
-                _prune(of_round, method, folder.path / f"round-{number - 1}", rewind, config)
-            result = train_stage(of_round, method, *([_KeepStep(rewind, config.rewind_to)] if number == 0 else []))
+                _prune(of_round, (method, layer), folder.path / f"round-{number - 1}", rewind, config)
+            result = train_stage(
+                of_round, method, layer, *([_KeepStep(rewind, config.rewind_to)] if number == 0 else [])
+            )
             if not result.finished:
                 break
             n_blocks = sum(x.topology.n_blocks for _, x in named_sparse_layers(_model(result.path)))
@@ -156,7 +160,9 @@ def imp(config: ImpConfig, method: Method, *, resume: bool = False) -> ImpResult
     return ImpResult(folder.path, tuple(rounds), config.rounds + 1)
 
 
-def _prune(of_round: PretrainConfig, method: Method, before: Path, rewind: Path, config: ImpConfig) -> None:
+def _prune(
+    of_round: PretrainConfig, parts: tuple[Method, LayerOption], before: Path, rewind: Path, config: ImpConfig
+) -> None:
     """Lay out the next round: a run that seems to have been interrupted at the step to go back to."""
     layers = dict(named_sparse_layers(_model(before)))
     kept = globally_kept(layers, config.prune_share, config.prune_norm)
@@ -164,7 +170,7 @@ def _prune(of_round: PretrainConfig, method: Method, before: Path, rewind: Path,
     say(f"{Path(of_round.output).name}: {n_kept:,} of {n:,} blocks stay, back to step {config.rewind_to}")
     with new_output(of_round.output) as aside:
         run = RunDirectory(aside)
-        run.create(asdict(of_round) | asdict(method))  # type: ignore[call-overload]
+        run.create(asdict(of_round) | asdict(parts[0]) | asdict(parts[1]))  # type: ignore[call-overload]
         prune_checkpoint(rewind, run.checkpoints / rewind.name, kept, of_round)
         with writing(of_round.output, "choose another --output"):
             load_tokenizer(rewind).save_pretrained(aside)
@@ -200,4 +206,4 @@ class _KeepStep(TrainerCallback):
 
 
 def _model(path: Path) -> BertForPreTraining:
-    return load_saved(path, BertForPreTraining)  # type: ignore[return-value]
+    return load_saved(path, BertForPreTraining)

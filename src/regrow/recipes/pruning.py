@@ -59,7 +59,9 @@ def globally_kept(layers: Mapping[str, BlockSparseLinear], share: float, norm: N
         {'a': 2, 'b': 4}
     """
     if len({layer.block_size for layer in layers.values()}) != 1:
-        raise RegrowError("pruning ranks blocks of one size together; give a model with sparse layers of one block size")
+        raise RegrowError(
+            "pruning ranks blocks of one size together; give a model with sparse layers of one block size"
+        )
     norms = {name: block_norm(layer.values, norm).double().cpu() for name, layer in layers.items()}
     for of_layer in norms.values():
         of_layer[of_layer.argmax()] = float("inf")
@@ -91,7 +93,7 @@ def prune_checkpoint(source: Path, target: Path, kept: Mapping[str, Tensor], con
     layers = dict(named_sparse_layers(model))
     if layers.keys() != kept.keys():
         raise RegrowError(f"{source} has other sparse layers than the model that was pruned")
-    number = {id(p): i for i, p in enumerate(p for group in config.groups(model) for p in group["params"])}  # type: ignore[arg-type]
+    number = {id(p): i for i, p in enumerate(p for group in config.groups(model) for p in group["params"])}
     state, topology = load_tensors(source / TENSORS_FILE), load_tensors(source / TOPOLOGY_FILE)
     slots: dict[int, tuple[int, Tensor]] = {}
     for name, layer in layers.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from regrow.bert.pretrain import PretrainConfig
 from regrow.errors import RegrowError
 from regrow.methods import Method
+from regrow.nn.options import LayerOption
 from regrow.recipes.base import RecipeFolder, in_columns, option, recipe, stopped
 from regrow.study.pareto import estimate
 from regrow.study.record import RunRecord
@@ -39,11 +40,11 @@ class RandomSearchConfig(PretrainConfig):
             if value is not None and value < 1:
                 raise RegrowError(f"{name} must be at least 1, got {value}")
 
-    @property
-    def study(self) -> Study:
+    def study_of(self, layer: LayerOption) -> Study:
         """The trainings: one for each pattern."""
         first = self.pattern_seed or 0
         options = {of.name: getattr(self, of.name) for of in fields(PretrainConfig) if of.name != "output"}
+        options |= asdict(layer)  # type: ignore[call-overload]
         seeds = list(range(first, first + self.topologies))
         return Study("random-search", defaults=options, experiments=[{"pattern_seed": seeds}])
 
@@ -83,7 +84,9 @@ class RandomSearchResult:
     always_sparse=True,
     example="--data corpus.txt --density 0.1 --steps 1000 --topologies 8 --output runs/random-search",
 )
-def random_search(config: RandomSearchConfig, method: Method, *, resume: bool = False) -> RandomSearchResult:
+def random_search(
+    config: RandomSearchConfig, method: Method, layer: LayerOption, *, resume: bool = False
+) -> RandomSearchResult:
     """Train many random patterns that stay, and say how far their losses lie apart: what a rule for growth must beat.
 
     Only the pattern differs. ``--seed`` decides everything else and is the same for all: the initial value at each
@@ -94,6 +97,7 @@ def random_search(config: RandomSearchConfig, method: Method, *, resume: bool = 
     Args:
         config: see the fields of :class:`RandomSearchConfig`.
         method: ``static``.
+        layer: what stands in the place of linear layers.
         resume: go on in ``config.output``; finished trainings are not repeated.
 
     Raises:
@@ -101,12 +105,10 @@ def random_search(config: RandomSearchConfig, method: Method, *, resume: bool = 
     """
     config.check()
     folder = RecipeFolder(config.output)
-    study = config.study
+    study = config.study_of(layer)
     runs = study.runs()
-    folder.begin(config, method, resume=resume)
-    done = run_study(
-        study, folder.path, workers=config.jobs, threads=config.threads, keep_models=config.keep_models
-    )
+    folder.begin(config, method, layer, resume=resume)
+    done = run_study(study, folder.path, workers=config.jobs, threads=config.threads, keep_models=config.keep_models)
     if failed := done.count("failed"):
         raise RegrowError(f"{failed} of {len(runs)} trainings failed, see above; put it right and go on with --resume")
     losses = []

@@ -14,6 +14,7 @@ from regrow.bert.run import RunDirectory
 from regrow.bert.tasks.load import check_data
 from regrow.errors import RegrowError
 from regrow.methods import Method, create
+from regrow.nn.options import LayerOption
 from regrow.recipes.base import (
     RecipeFolder,
     clear_unbegun,
@@ -47,9 +48,13 @@ class _Pretraining(PretrainConfig):
         """The options of the fine-tuning."""
         path = Path(self.output)
         given = {of.name: getattr(self, PREFIX + of.name) for of in fields(FinetuneConfig) if of.name not in _DECIDED}
-        shared = {name: getattr(self, name) for name in _SHARED}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED}
         fuse = ",".join(name for name in self.fuse.split(",") if name != "loss") or "none"
-        places = {"model": str(path / "pretrain"), "output": str(path / "finetune"), "topology": "dense"}
+        places: dict[str, Any] = {
+            "model": str(path / "pretrain"),
+            "output": str(path / "finetune"),
+            "topology": "dense",
+        }
         return FinetuneConfig(**given, **shared, **places, fuse=fuse)
 
     def check(self) -> None:
@@ -120,7 +125,7 @@ class SpdfResult:
     example="--data corpus.txt --density 0.25 --steps 1000 --finetune-task sst2 --finetune-data glue/SST-2 "
     "--output runs/spdf",
 )
-def spdf(config: Any, method: Method, *, resume: bool = False) -> SpdfResult:
+def spdf(config: Any, method: Method, layer: LayerOption, *, resume: bool = False) -> SpdfResult:
     """Pre-train sparse, then give absent weights their place at zero and fine-tune all of them on a task.
 
     Sparsity saves where the work is, in pre-training; the fine-tuned model is dense. Densifying changes nothing that
@@ -130,6 +135,7 @@ def spdf(config: Any, method: Method, *, resume: bool = False) -> SpdfResult:
     Args:
         config: a ``SpdfConfig``.
         method: of the pre-training; ``static`` in the paper.
+        layer: what stands in the place of linear layers.
         resume: go on in ``config.output``; a finished training is not repeated.
 
     Raises:
@@ -137,14 +143,16 @@ def spdf(config: Any, method: Method, *, resume: bool = False) -> SpdfResult:
     """
     config.check()
     if method.dense_layout:
-        raise RegrowError(f"spdf pre-trains a sparse model, and method {method.name!r} trains a dense one; choose another")
+        raise RegrowError(
+            f"spdf pre-trains a sparse model, and method {method.name!r} trains a dense one; choose another"
+        )
     if not resume:
         check_data(config.finetuning)  # rather now than after the pre-training
     folder = RecipeFolder(config.output)
-    folder.begin(config, method, resume=resume)
+    folder.begin(config, method, layer, resume=resume)
     pretrained = folder.result("pretrain", ("density", "loss"))
     if pretrained is None:
-        result = train_stage(pretraining(config, output=str(folder.path / "pretrain")), method)
+        result = train_stage(pretraining(config, output=str(folder.path / "pretrain")), method, layer)
         if not result.finished:
             return SpdfResult(folder.path, where="pre-training")
         pretrained = {"density": result.density, "loss": loss_of(result)}

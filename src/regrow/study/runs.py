@@ -26,7 +26,14 @@ TRAINING_FIELDS = frozenset(field.name for field in fields(PretrainConfig))
 # What can change neither the training nor its evaluation.
 _BYSTANDERS = frozenset(
     (
-        "output", "seed", "pattern_seed", "workers", "logging_steps", "save_steps", "keep_checkpoints", "eval_steps",
+        "output",
+        "seed",
+        "pattern_seed",
+        "workers",
+        "logging_steps",
+        "save_steps",
+        "keep_checkpoints",
+        "eval_steps",
         "report_to",
     )  # fmt: skip
 )
