@@ -1,42 +1,26 @@
 """What ``regrow methods`` lists besides methods: recipes, tools and rules, each declared beside the code that does it.
 
-Anything with the attributes of :class:`Listed` can stand in the list; :func:`listed` makes such an entry of a function,
-whose docstring says what it does. So the list cannot say of a thing what its code does not.
+:func:`listed` makes an entry of a function and :func:`entry_of` one of a plug-in; docstrings say what they do. So the
+list has no text of its own that code could leave behind.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
-Kind = Literal["recipe", "tool", "rule"]
-"""A recipe is several trainings; a tool looks at what was trained or changes it; a rule decides a setting."""
+Kind = Literal["method", "control", "layer", "recipe", "rule", "tool"]
+"""A method moves blocks, a control trains dense weights, a layer stands in the place of a linear one, a recipe is
+several trainings, a rule decides a setting, and a tool looks at what was trained or changes it."""
 Option = tuple[str, object, str]
 """Name, default and meaning."""
 Function = TypeVar("Function", bound=Callable[..., Any])
+_ROLES = re.compile(r":\w+:`(?:~[\w.]+\.)?([^`]*)`")
 _SECTIONS = re.compile(r"^(Args|Attributes|Returns|Raises|Example[^\n]*|Shape|Reference):?$", re.MULTILINE)
-
-
-class Listed(Protocol):
-    """What the list shows. The first line of ``doc`` is a sentence, the rest explains."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def paper(self) -> str: ...
-    @property
-    def year(self) -> int: ...
-    @property
-    def link(self) -> str: ...
-    @property
-    def always_sparse(self) -> bool: ...
-    @property
-    def doc(self) -> str: ...
-    @property
-    def options(self) -> Sequence[Option]: ...
 
 
 @dataclass(frozen=True)
@@ -77,9 +61,13 @@ def listed(
     link: str,
     always_sparse: bool,
     command: str,
+    does: str = "",
     options: Sequence[Option] = (),
 ) -> Callable[[Function], Function]:
     """Decorator: list a function, which stays as it is; what it does is read from its docstring, up to ``Args:``.
+
+    Args:
+        does: a sentence in front of that, where the function's own speaks of arguments rather than of the purpose.
 
     Example:
         >>> @listed("tool", "_x", paper="A", year=2000, link="https://a", always_sparse=True, command="regrow x")
@@ -94,7 +82,7 @@ def listed(
     """
 
     def decorate(function: Function) -> Function:
-        doc = prose(function.__doc__ or "")
+        doc = "\n\n".join(filter(None, (does, prose(function.__doc__ or ""))))
         _ENTRIES[kind, name] = Entry(name, paper, year, link, always_sparse, doc, tuple(options), command, kind)
         return function
 
@@ -107,19 +95,38 @@ def entries(kind: Kind) -> list[Entry]:
 
 
 def prose(docstring: str) -> str:
-    """A docstring up to the first section such as ``Args:``."""
-    return _SECTIONS.split(inspect.cleandoc(docstring), maxsplit=1)[0].strip()
+    """A docstring up to the first section such as ``Args:``, references as plain names.
+
+    Example:
+        >>> prose("See :func:`~a.b.c`.\\n\\nArgs:\\n    x: it.")
+        'See ``c``.'
+    """
+    text = _SECTIONS.split(inspect.cleandoc(docstring), maxsplit=1)[0].strip()
+    return _ROLES.sub(r"``\1``", text)
 
 
-def summary(entry: Listed) -> str:
+def summary(entry: Entry) -> str:
     """The first sentence of what an entry says of itself, on one line."""
     return " ".join(entry.doc.strip().split("\n\n", 1)[0].split())
 
 
-def options_of(instance: Any, names: Sequence[str] | None = None) -> list[Option]:
+def entry_of(plugin: Any, kind: Kind, command: str) -> Entry:
+    """The entry of a plug-in: a dataclass in a file of its own, whose fields are its options.
+
+    Its class says in the first line of its docstring what it does, and its module's docstring, after the title, how.
+    """
+    cls = type(plugin)
+    title, _, body = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "").partition("\n")
+    first = (cls.__doc__ or title).strip().splitlines()[0]
+    return Entry(
+        cls.name, cls.paper, cls.year, cls.link, cls.always_sparse, f"{first}\n\n{body.strip()}", options_of(plugin),
+        command, kind,
+    )  # fmt: skip
+
+
+def options_of(instance: Any) -> list[Option]:
     """The fields of a dataclass as options, with the meaning that their ``metadata`` gives."""
     return [
         (field.name.replace("_", "-"), getattr(instance, field.name), str(field.metadata.get("help", "")))
         for field in fields(instance)
-        if names is None or field.name in names
     ]

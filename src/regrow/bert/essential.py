@@ -71,7 +71,7 @@ def essential_sparsity(
     sparsities: Sequence[float] = STEPS,
     progress: bool = False,
 ) -> EssentialSparsity:
-    r"""Prune the weakest weights of all encoder layers at once, more and more of them, and find where it begins to hurt.
+    r"""Prune the weakest weights of an encoder at once, more and more of them, and find where it begins to hurt.
 
     The units that are pruned are ranked together over all linear layers of the encoder by the sum of their absolute
     values: the blocks of sparse layers, and single weights of dense ones, or blocks of ``block_size``. At sparsity

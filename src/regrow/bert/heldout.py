@@ -39,9 +39,9 @@ class HeldOut:
         splits = splits_of(replace(config, max_length=length), self.tokenizer)
         self.sequences: PairDataset = splits.heldout.first(config.eval_sequences)
 
-    def losses(self) -> dict[str, float]:
-        """``mlm_loss`` and ``nsp_loss`` in nats, and accuracies."""
-        return self._evaluate(self.model, progress=True)
+    def losses(self, model: torch.nn.Module | None = None) -> dict[str, float]:
+        """``mlm_loss`` and ``nsp_loss`` in nats, and accuracies; of another model of the same tokenizer, if given."""
+        return self._evaluate(self.model if model is None else model, progress=True)
 
     def pseudo_perplexity(self, n_sequences: int) -> float:
         """See :func:`regrow.bert.perplexity.pseudo_perplexity`; of the first so many sequences."""

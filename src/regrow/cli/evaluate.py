@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,29 @@ def run(argv: Sequence[str]) -> int:
         with new_output(asked.json) as aside:
             aside.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def scorer(model: str) -> Callable[[Any], float]:
+    """A score for models like the one of a run, higher is better, on what that run held out.
+
+    The main metric of the task it was fine-tuned on, or the negative masked-word loss.
+
+    Raises:
+        RegrowError: it is no run, or its data cannot be read.
+    """
+    if not RunDirectory(model).begun:
+        raise RegrowError(f"{model} is no run, so nothing says what it is to be evaluated on")
+    if "task" in _saved(model):
+        problem, _ = load_problem(finetune.COMMAND.saved(RunDirectory(model), f"--model={model}"), train=False)
+        return lambda other: problem.evaluate(fuse(copy.deepcopy(other)), progress=True)[problem.main_metric]
+    heldout = HeldOut(model, pretrain.COMMAND.saved(RunDirectory(model)))
+
+    def score(other: Any) -> float:
+        twin = copy.deepcopy(heldout.model)
+        twin.load_state_dict(other.state_dict())
+        return -heldout.losses(twin)["mlm_loss"]
+
+    return score
 
 
 def _parser() -> OneLineParser:

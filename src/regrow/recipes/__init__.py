@@ -1,4 +1,4 @@
-"""Recipes: several trainings that together are one method of the literature. One file each; ``regrow recipe`` runs them."""
+"""Recipes: several trainings that together are one method. One file each; ``regrow recipe`` runs them."""
 
 from regrow.recipes.base import Recipe, Result, available, recipe_named
 

@@ -68,8 +68,13 @@ def recipe(
     link: str,
     always_sparse: bool,
     example: str,
+    passed_on: str | None = None,
 ) -> Callable[[Run], Run]:
-    """Decorator: make a function a recipe, and list it by what its docstring says."""
+    """Decorator: make a function a recipe, and list it by what its docstring says.
+
+    Args:
+        passed_on: how the names of options begin that are just passed on to a training, and not listed again.
+    """
 
     def decorate(run: Run) -> Run:
         _RECIPES[name] = Recipe(name, config, run, example)
@@ -81,7 +86,7 @@ def recipe(
             link=link,
             always_sparse=always_sparse,
             command=f"regrow recipe {name} {example}",
-            options=_own_options(config),
+            options=_own_options(config, passed_on),
         )
         return entry(run)
 
@@ -229,13 +234,14 @@ def in_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(f"{text:>{w}}" for text, w in zip(row, widths, strict=True)) for row in [head, *rows])
 
 
-def _own_options(config: type[PretrainConfig]) -> list[Option]:
+def _own_options(config: type[PretrainConfig], passed_on: str | None) -> list[Option]:
     """Options that are not those of a pre-training, or have another default there."""
     usual = {of.name: of.default for of in fields(PretrainConfig)}
     return [
         (of.name.replace("_", "-"), of.default, str(of.metadata.get("help", "")).replace("%%", "%"))
         for of in fields(config)
         if of.name not in usual or of.default != usual[of.name]
+        if passed_on is None or not of.name.startswith(passed_on)
     ]
 
 

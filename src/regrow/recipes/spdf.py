@@ -29,10 +29,23 @@ from regrow.recipes.base import (
 
 PREFIX = "finetune_"
 """Before the names of the fine-tuning's options: most of them are names of the pre-training's too."""
-_DECIDED = frozenset(
-    ("model", "output", "topology", "density", "block_size", "sparsify", "method", "fuse", "on_nonfinite", "report_to")
-    + ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates")
-)
+_DECIDED = {
+    "model",
+    "output",
+    "topology",
+    "density",
+    "block_size",
+    "sparsify",
+    "method",
+    "fuse",
+    "on_nonfinite",
+    "report_to",
+    "n_updates",
+    "drop_fraction",
+    "decay",
+    "final_fraction",
+    "stop_updates",
+}
 """Options of a fine-tuning that the recipe decides, or that it takes from the pre-training."""
 _SHARED = ("on_nonfinite", "report_to")
 
@@ -124,6 +137,7 @@ class SpdfResult:
     always_sparse=False,
     example="--data corpus.txt --density 0.25 --steps 1000 --finetune-task sst2 --finetune-data glue/SST-2 "
     "--output runs/spdf",
+    passed_on=PREFIX,
 )
 def spdf(config: Any, method: Method, layer: LayerOption, *, resume: bool = False) -> SpdfResult:
     """Pre-train sparse, then give absent weights their place at zero and fine-tune all of them on a task.

@@ -35,7 +35,7 @@ _BYSTANDERS = frozenset(
         "keep_checkpoints",
         "eval_steps",
         "report_to",
-    )  # fmt: skip
+    )
 )
 # What decides whether two losses are of the same task.
 TASK = (
