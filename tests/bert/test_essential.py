@@ -49,7 +49,7 @@ def test_the_weakest_of_all_layers_go_first(block_size: int | None) -> None:
     if block_size:
         query = dense.bert.encoder.layer[0].attention.self.query.weight.detach().view(4, 8, 4, 8)
         shares = (query == 0).float().mean((1, 3))
-        assert set(shares.flatten().tolist()) == {0.0, 1.0}
+        assert set(shares.flatten().tolist()) <= {0.0, 1.0}  # whole blocks
     assert all(torch.equal(dense.get_parameter(name), p) for name, p in others.items())
 
 
