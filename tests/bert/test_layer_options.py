@@ -158,8 +158,8 @@ def test_the_command_line_has_the_options_of_a_layer(
     assert "--rank 4" in capsys.readouterr().err
     assert main(["pretrain", "--layer", "odd"]) == 2
     assert "unknown layer 'odd'; choose one of blocks" in capsys.readouterr().err
-    assert main(["methods", "--layers"]) == 0
-    assert "\nlowrank " in capsys.readouterr().out
+    assert main(["methods", "lowrank"]) == 0
+    assert "regrow pretrain --layer lowrank" in capsys.readouterr().out
 
 
 def test_layer_and_method_must_fit(corpus: Path, tmp_path: Path) -> None:

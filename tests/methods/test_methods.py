@@ -314,7 +314,7 @@ def test_layers_that_do_not_suit_are_refused() -> None:
 def test_the_documentation_is_what_the_methods_say() -> None:
     from pathlib import Path
 
-    from regrow.methods.catalog import listing, markdown
+    from regrow.cli.catalog import listing, markdown
 
     page = Path(__file__).parents[2] / "docs" / "methods.md"
     assert page.read_text() == markdown() + "\n", "run: regrow methods --markdown > docs/methods.md"

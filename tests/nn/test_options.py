@@ -139,15 +139,6 @@ def test_autocast_computes_in_the_weights_type() -> None:
     assert y.dtype is torch.float32
 
 
-def test_the_documentation_is_what_the_options_say() -> None:
-    from regrow.methods.catalog import layer_listing, layer_markdown
-
-    page = Path(__file__).parents[2] / "docs" / "layers.md"
-    assert page.read_text() == layer_markdown() + "\n", "run: regrow methods --layers --markdown > docs/layers.md"
-    for name in available():
-        assert f"\n{name} " in layer_listing()
-
-
 # ---- low rank -----------------------------------------------------------------------------------------
 
 

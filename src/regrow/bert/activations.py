@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertModel
 
+from regrow.entries import listed
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear
 from regrow.nn.options import Composite
@@ -38,6 +39,16 @@ class ActivationSparsity:
     loss_after: float
 
 
+@listed(
+    "tool",
+    "activations",
+    paper="Luo et al., Sparsing Law: Towards Large Language Models with Greater Activation Sparsity",
+    year=2024,
+    link="https://arxiv.org/abs/2411.02335",
+    always_sparse=True,
+    command="regrow evaluate MODEL --activations 0.01",
+    does="How many feed-forward activations can be left out while the perplexity rises by a given share at most.",
+)
 @torch.no_grad()
 def activation_sparsity(
     model: nn.Module, loss: Callable[[], float], *, p: float = 0.01, rounds: int = 8

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regrow.entries import listed
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, named_sparse_layers
 
@@ -49,6 +50,16 @@ class _Counts(NamedTuple):
         return Changes(self.values, self.equal / of_values, self.small / of_values, self.blocks, self.new / of_blocks)
 
 
+@listed(
+    "tool",
+    "changes",
+    paper="Mukherjee et al., Reinforcement Learning Finetunes Small Subnetworks in Large Language Models",
+    year=2025,
+    link="https://arxiv.org/abs/2505.11711",
+    always_sparse=True,
+    command="regrow evaluate MODEL --against OTHER",
+    does="How many weights two models share bitwise, how many nearly, and how many blocks have moved.",
+)
 @torch.no_grad()
 def changes(before: nn.Module, after: nn.Module) -> dict[str, Changes]:
     """Update sparsity of the sparse weights, of all other parameters, and of all of them.

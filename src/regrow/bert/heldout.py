@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from regrow.bert.activations import ActivationSparsity, activation_sparsity
+from regrow.bert.essential import EssentialSparsity, essential_sparsity
 from regrow.bert.evaluate import evaluate_pretraining
 from regrow.bert.fused import fuse
 from regrow.bert.model import BertForPreTraining
@@ -38,9 +39,9 @@ class HeldOut:
         splits = splits_of(replace(config, max_length=length), self.tokenizer)
         self.sequences: PairDataset = splits.heldout.first(config.eval_sequences)
 
-    def losses(self) -> dict[str, float]:
-        """``mlm_loss`` and ``nsp_loss`` in nats, and accuracies."""
-        return self._evaluate(self.model, progress=True)
+    def losses(self, model: torch.nn.Module | None = None) -> dict[str, float]:
+        """``mlm_loss`` and ``nsp_loss`` in nats, and accuracies; of another model of the same tokenizer, if given."""
+        return self._evaluate(self.model if model is None else model, progress=True)
 
     def pseudo_perplexity(self, n_sequences: int) -> float:
         """See :func:`regrow.bert.perplexity.pseudo_perplexity`; of the first so many sequences."""
@@ -62,6 +63,18 @@ class HeldOut:
         """See :func:`regrow.bert.activations.activation_sparsity`; by the masked-word loss."""
         model = load_saved(self.path, BertForPreTraining)  # not fused: activations must be seen
         return activation_sparsity(model, lambda: self._evaluate(model)["mlm_loss"], p=p)
+
+    def essential_sparsity(self, block_size: int | None = None) -> EssentialSparsity:
+        """See :func:`regrow.bert.essential.essential_sparsity`; by the masked-word loss."""
+        model = fuse(load_saved(self.path, BertForPreTraining))  # anew: it will be pruned
+        return essential_sparsity(
+            model,
+            lambda pruned: self._evaluate(pruned)["mlm_loss"],
+            metric="mlm_loss",
+            lower_is_better=True,
+            block_size=block_size,
+            progress=True,
+        )
 
     def _evaluate(self, model: torch.nn.Module, progress: bool = False) -> dict[str, float]:
         return evaluate_pretraining(

@@ -11,9 +11,20 @@ from tqdm.auto import tqdm
 
 from regrow.bert.masking import IGNORE
 from regrow.bert.model import BertForPreTraining
+from regrow.entries import listed
 from regrow.errors import RegrowError
 
 
+@listed(
+    "tool",
+    "pseudo-perplexity",
+    paper="Salazar et al., Masked Language Model Scoring",
+    year=2020,
+    link="https://arxiv.org/abs/1910.14659",
+    always_sparse=True,
+    command="regrow evaluate MODEL --pseudo-perplexity 64",
+    does="A perplexity for masked words: each word of a text is masked alone and predicted from all others.",
+)
 @torch.no_grad()
 def pseudo_perplexity(
     model: BertForPreTraining,

@@ -23,6 +23,7 @@ from regrow.bert.masking import WholeWordMasker
 from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stored_bytes
 from regrow.bert.options import TrainingOptions
 from regrow.bert.progress import ProgressBar
+from regrow.bert.repattern import repattern_
 from regrow.bert.run import RunDirectory, writing
 from regrow.bert.sizes import bert_config, size_named
 from regrow.bert.stream import PairDataset
@@ -76,7 +77,7 @@ class PretrainConfig(TrainingOptions):
     block_size: int = _option(16, "edge of a block: 1, 4, 8, 16, 32 or 64")
     method: str = _option("dynsparse", "how the pattern moves; its own options are listed below")
     layer: str = _option(
-        DEFAULT, "what stands in the place of a linear layer (docs/layers.md); its own options are listed below"
+        DEFAULT, "what stands in the place of a linear layer (regrow methods lists all); its own options are listed below"
     )
     dense: bool = _option(False, "train the ordinary dense model instead: the baseline to compare with")
     steps: int = _option(1000, "optimizer steps")
@@ -134,6 +135,10 @@ class PretrainConfig(TrainingOptions):
         "none", "trackers that get every metric, by transformers' names: none, tensorboard, wandb, ...; comma-separated"
     )
     seed: int = _option(0, "of weights, pattern, data order and masks")
+    pattern_seed: int | None = _option(
+        None,
+        "of the pattern at the start alone: all patterns of one --seed then take their values from the same weights",
+    )
 
     @property
     def schedule(self) -> UpdateSchedule:
@@ -408,6 +413,8 @@ def _model(config: PretrainConfig, method: Method, layer: LayerOption, vocab_siz
         layer=layer,
         seed=config.seed,
     )
+    if config.pattern_seed is not None:
+        repattern_(model, pattern_seed=config.pattern_seed, weight_seed=config.seed)
     if config.lr_rule == "supar":
         for _, sparse in named_sparse_layers(model):
             sparse.values.data *= supar_init_factor(sparse.density, config.width_ratio)

@@ -7,6 +7,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from regrow.nn import named_sparse_layers
+
 _LOSSES = {"mlm_loss": "mlm", "nsp_loss": "nsp"}
 """Of a training step, where there is more than one."""
 _HELD_OUT = {"eval_mlm_loss": "MLM", "eval_nsp_loss": "NSP"}
@@ -25,6 +27,9 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        if self.density is not None:  # a checkpoint may have brought another one
+            sizes = [(x.topology.n_blocks, x.topology.n_positions) for _, x in named_sparse_layers(kwargs["model"])]
+            self.density = sum(n for n, _ in sizes) / sum(n for _, n in sizes) if sizes else self.density
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

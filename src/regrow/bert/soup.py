@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from regrow.bert.export import save, saved_tokenizer
 from regrow.bert.output import new_output
 from regrow.bert.saved import load_saved
+from regrow.entries import listed
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, named_sparse_layers
 from regrow.nn.replace import built_places
@@ -37,6 +38,16 @@ _MAY_DIFFER = {
 """Entries of a configuration that do not change what a model computes."""
 
 
+@listed(
+    "tool",
+    "soup",
+    paper="Zimmer et al., Sparse Model Soups",
+    year=2024,
+    link="https://arxiv.org/abs/2306.16788",
+    always_sparse=True,
+    command="regrow export soup OUT MODEL MODEL ... [--greedy]",
+    does="Average models of one sparsity pattern, all of them or those that help: as sparse and as fast as each.",
+)
 @torch.no_grad()
 def soup(models: Iterable[PreTrainedModel], names: Sequence[str] | None = None) -> PreTrainedModel:
     r"""The uniform average ``theta = (1 / m) * sum_i theta_i`` of ``m`` models with identical patterns.
@@ -84,9 +95,11 @@ def soup(models: Iterable[PreTrainedModel], names: Sequence[str] | None = None) 
 
 
 def greedy_soup(
-    models: Sequence[PreTrainedModel], score: Callable[[PreTrainedModel], float]
+    models: Sequence[PreTrainedModel],
+    score: Callable[[PreTrainedModel], float],
+    names: Sequence[str] | None = None,
 ) -> tuple[PreTrainedModel, list[int]]:
-    """Average only the models that help: the greedy soup of Wortsman et al. 2022, algorithm 1.
+    """Average only the models that help: the greedy soup of Wortsman et al. 2022.
 
     From the best single model on, each is tried in the order of its score and stays if the soup's score on held-out
     data does not get worse. So the soup is at least as good there as the best of ``models``.
@@ -94,6 +107,7 @@ def greedy_soup(
     Args:
         models: as :func:`soup` takes them.
         score: of a model on held-out data; higher is better. Called at most ``2 m - 1`` times.
+        names: what errors call them; by default their numbers.
 
     Returns:
         the soup, and the indices of its ingredients, best first.
@@ -103,24 +117,37 @@ def greedy_soup(
     """
     if not models:
         raise RegrowError("a soup needs at least one model")
-    scores = [_number(score(model), f"the score of model {number + 1}") for number, model in enumerate(models)]
+    names = names or [f"model {number + 1}" for number in range(len(models))]
+    for number, model in enumerate(models[1:], 1):  # rather than after scoring them all
+        _refuse_others(models[0], model, names[0], names[number])
+    scores = [_number(score(model), f"the score of {names[number]}") for number, model in enumerate(models)]
     order = sorted(range(len(models)), key=lambda number: -scores[number])
     chosen, best, result = order[:1], scores[order[0]], soup([models[order[0]]])
     for number in order[1:]:
         taken = [*chosen, number]
-        trial = soup([models[i] for i in taken], [f"model {i + 1}" for i in taken])
-        reached = _number(score(trial), f"the score with model {number + 1}")
+        trial = soup([models[i] for i in taken], [names[i] for i in taken])
+        reached = _number(score(trial), f"the score with {names[number]}")
         if reached >= best:
             chosen, best, result = taken, reached, trial
     return result, chosen
 
 
-def save_soup(sources: Sequence[str | Path], out: str | Path, *, progress: bool = False) -> None:
+def save_soup(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    score: Callable[[PreTrainedModel], float] | None = None,
+    progress: bool = False,
+) -> list[int]:
     """Write the average of saved models, with their tokenizer, for :func:`regrow.bert.saved.load_saved` to load.
 
     Args:
         sources: what ``load_saved`` takes; one model is in memory at a time, beside the sum.
         out: directory to make.
+        score: on held-out data, higher is better, for a greedy soup of all, which are then in memory together.
+
+    Returns:
+        the indices of the models that are in it.
 
     Raises:
         RegrowError: ``out`` exists, a model cannot be loaded, two have different vocabularies, or as :func:`soup`.
@@ -137,8 +164,12 @@ def save_soup(sources: Sequence[str | Path], out: str | Path, *, progress: bool 
             if tokenizer is None:
                 tokenizer, owner = found, str(source)
         bar = tqdm(sources, "averaging", unit=" models", disable=not progress)
-        result = soup((load_saved(source) for source in bar), names)
+        if score is None:
+            result, chosen = soup((load_saved(source) for source in bar), names), list(range(len(sources)))
+        else:
+            result, chosen = greedy_soup([load_saved(source) for source in bar], score, names)
         save(result, tokenizer, aside, out)
+    return chosen
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:

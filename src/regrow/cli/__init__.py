@@ -16,13 +16,14 @@ COMMANDS = {
     "pretrain": "pre-train a sparse BERT on text",
     "finetune": "fine-tune a pre-trained encoder on a task",
     "evaluate": "held-out loss, a task's metrics, or what changed between two models",
+    "recipe": "run a method of the literature that is several trainings",
     "bench": "measure sparse against dense on this machine",
     "advise": "say which block sizes and densities pay off here",
     "flops": "count the floating-point operations of a training step",
     "export": "write a model for programs without regrow, or average models",
     "study": "train many runs that together answer a question",
     "inspect": "show the sparse layers of a saved model: blocks, weights, dead outputs, how patterns moved",
-    "methods": "list the sparse-training methods",
+    "methods": "list everything: methods, controls, recipes, rules, tools",
     "report": "make one page of run records: curves, Pareto fronts, patterns, claims",
 }
 

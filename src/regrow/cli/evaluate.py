@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from regrow.bert.changes import changes
+from regrow.bert.essential import check_format, essential_sparsity, plot_sweep
 from regrow.bert.finetune_config import FinetuneConfig
 from regrow.bert.fused import fuse
 from regrow.bert.heldout import HeldOut
@@ -27,20 +29,51 @@ from regrow.errors import RegrowError
 
 def run(argv: Sequence[str]) -> int:
     asked = _parser().parse_args(argv)
-    for path in (asked.json, asked.predictions):
+    for path in (asked.json, asked.predictions, asked.plot):
         if path is not None:
             check_new(path)
+    _check_essential(asked)
+    found: dict[str, Any]
     if asked.against is not None:
         found = _compare(asked)
     elif asked.task is not None or "task" in _saved(asked.model):
         found = _task(asked)
     else:
         found = _heldout(asked)
+    sweep = found.pop("essential", None)
     print(table([(name.replace("_", " "), _shown(value)) for name, value in found.items()]))
+    if sweep is not None:
+        print(f"\n{sweep}")
+        found["essential"] = asdict(sweep)
+    if asked.plot is not None:
+        plot_sweep(sweep, asked.plot)
     if asked.json is not None:
         with new_output(asked.json) as aside:
             aside.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def scorer(model: str) -> Callable[[Any], float]:
+    """A score for models like the one of a run, higher is better, on what that run held out.
+
+    The main metric of the task it was fine-tuned on, or the negative masked-word loss.
+
+    Raises:
+        RegrowError: it is no run, or its data cannot be read.
+    """
+    if not RunDirectory(model).begun:
+        raise RegrowError(f"{model} is no run, so nothing says what it is to be evaluated on")
+    if "task" in _saved(model):
+        problem, _ = load_problem(finetune.COMMAND.saved(RunDirectory(model), f"--model={model}"), train=False)
+        return lambda other: problem.evaluate(fuse(copy.deepcopy(other)), progress=True)[problem.main_metric]
+    heldout = HeldOut(model, pretrain.COMMAND.saved(RunDirectory(model)))
+
+    def score(other: Any) -> float:
+        twin = copy.deepcopy(heldout.model)
+        twin.load_state_dict(other.state_dict())
+        return -heldout.losses(twin)["mlm_loss"]
+
+    return score
 
 
 def _parser() -> OneLineParser:
@@ -53,7 +86,8 @@ def _parser() -> OneLineParser:
         "  regrow evaluate runs/small --pseudo-perplexity 64\n"
         "  regrow evaluate bert/ --data corpus.txt\n"
         "  regrow evaluate runs/small-sst2 --predictions sst2.tsv\n"
-        "  regrow evaluate runs/small-sst2 --against runs/small",
+        "  regrow evaluate runs/small-sst2 --against runs/small\n"
+        "  regrow evaluate runs/small --essential --plot sweep.png",
     )
     parser.add_argument("model", help="directory of a run or of a saved model, sparse or dense")
     parser.add_argument("--data", help="another corpus, or another folder of the task's files")
@@ -80,6 +114,15 @@ def _parser() -> OneLineParser:
     tasks.add_argument("--label-column", metavar="C", help="for --task classification or regression")
     tasks.add_argument("--max-length", type=int, metavar="N", help="tokens of an example")
     tasks.add_argument("--predictions", type=Path, metavar="FILE", help="new file for what it says of each example")
+    sweep = parser.add_argument_group("how much can be pruned")
+    sweep.add_argument(
+        "--essential",
+        action="store_true",
+        help="also prune more and more of the encoder's weakest weights, or blocks, at once and without training: the "
+        "loss or the main metric at each tenth, and the knee, from where on it falls fast (essential sparsity)",
+    )
+    sweep.add_argument("--prune-blocks", type=int, metavar="B", help="of a dense model, BxB blocks instead of weights")
+    sweep.add_argument("--plot", type=Path, metavar="FILE", help="new .png, .svg or .pdf of it (needs regrow[plot])")
     other = parser.add_argument_group("two models")
     other.add_argument("--against", metavar="MODEL", help="how many values are still what they are in this model")
     return parser
@@ -90,7 +133,17 @@ def _saved(model: str) -> dict[str, Any]:
     return run.read_config() if run.begun else {}
 
 
-def _heldout(asked: argparse.Namespace) -> dict[str, float]:
+def _check_essential(asked: argparse.Namespace) -> None:
+    for name in ("plot", "prune_blocks"):
+        if getattr(asked, name) is not None and not asked.essential:
+            raise RegrowError(f"--{name.replace('_', '-')} is for --essential; give both")
+    if asked.essential and asked.against is not None:
+        raise RegrowError("--essential is about one model and --against compares two; drop one of both")
+    if asked.plot is not None:
+        check_format(asked.plot)
+
+
+def _heldout(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.predictions is not None:
         raise RegrowError("--predictions is for fine-tuned models; name the --task")
     given = {"data": asked.data, "eval_sequences": asked.sequences}
@@ -109,10 +162,10 @@ def _heldout(asked: argparse.Namespace) -> dict[str, float]:
         sparsity = heldout.activation_sparsity(asked.activations)
         found[f"activations_left_out_at_{asked.activations:g}"] = sparsity.share
         found |= {f"of_{name}": share for name, share in sparsity.by_layer.items()}
-    return found
+    return found | ({"essential": heldout.essential_sparsity(asked.prune_blocks)} if asked.essential else {})
 
 
-def _task(asked: argparse.Namespace) -> dict[str, float]:
+def _task(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.pseudo_perplexity is not None or asked.activations is not None:
         raise RegrowError("--pseudo-perplexity and --activations are for pre-trained models")
     given = {
@@ -134,10 +187,20 @@ def _task(asked: argparse.Namespace) -> dict[str, float]:
     predicted = problem.predict(fuse(model), batch_size=asked.batch_size, progress=True)
     if asked.predictions is not None:
         write_predictions(problem, predicted, asked.predictions)
-    return problem.score(predicted)
+    found: dict[str, Any] = dict(problem.score(predicted))
+    if asked.essential:
+        found["essential"] = essential_sparsity(
+            model,
+            lambda pruned: problem.evaluate(pruned, batch_size=asked.batch_size)[problem.main_metric],
+            metric=problem.main_metric,
+            lower_is_better=False,
+            block_size=asked.prune_blocks,
+            progress=True,
+        )
+    return found
 
 
-def _compare(asked: argparse.Namespace) -> dict[str, float]:
+def _compare(asked: argparse.Namespace) -> dict[str, Any]:
     found = changes(load_saved(asked.against), load_saved(asked.model))
     rows: dict[str, float] = {}
     for name, change in found.items():

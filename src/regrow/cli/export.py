@@ -65,11 +65,24 @@ def _soup(argv: Sequence[str]) -> int:
         prog="regrow export soup",
         description="Average models with identical sparsity patterns, such as one model fine-tuned several times with "
         "a static pattern, into one as sparse and as fast as each (Wortsman et al. 2022, Zimmer et al. 2024).",
-        epilog="example: regrow export soup soups/three runs/seed0 runs/seed1 runs/seed2",
+        epilog="example: regrow export soup soups/three runs/seed0 runs/seed1 runs/seed2 --greedy",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     parser.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL)
+    parser.add_argument(
+        "--greedy",
+        action="store_true",
+        help="average only models that help: from the best on, each stays if the held-out loss, or the main metric of "
+        "the task, does not get worse; as the first model's run evaluates it",
+    )
     asked = parser.parse_args(argv)
-    save_soup(asked.models, asked.out, progress=True)
-    print(f"{asked.out}: the average of {len(asked.models)} models")
+    score = None
+    if asked.greedy:
+        from regrow.cli.evaluate import scorer
+
+        score = scorer(asked.models[0])
+    chosen = save_soup(asked.models, asked.out, score=score, progress=True)
+    print(f"{asked.out}: the average of {len(chosen)} models")
+    if asked.greedy:
+        print(f"best first: {', '.join(asked.models[number] for number in chosen)}")
     return 0

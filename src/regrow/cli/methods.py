@@ -1,25 +1,27 @@
-"""``regrow methods``: list the sparse-training methods, and what may stand in the place of a layer."""
+"""``regrow methods``: list everything that can train, replace, compare or look."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
+from regrow.cli.catalog import details, listing, markdown
 from regrow.cli.parser import OneLineParser
-from regrow.methods.catalog import layer_listing, layer_markdown, listing, markdown
 
 
 def run(argv: Sequence[str]) -> int:
     parser = OneLineParser(
         prog="regrow methods",
-        description="List the sparse-training methods: year, always sparse or not, what they look at, what an update "
-        "costs, and their options.",
-        epilog="example: regrow pretrain --method gse --sampling norms",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="List what regrow has of the literature around sparse training: methods that move blocks,\n"
+        "controls over dense weights, layers, recipes, rules and tools, each with its paper, whether it is\n"
+        "always sparse, and the command that runs it. With a NAME, all about one: what it does, its options.",
+        epilog="examples:\n  regrow methods\n  regrow methods gse\n  regrow methods imp",
     )
-    parser.add_argument("--markdown", action="store_true", help="print docs/methods.md or docs/layers.md instead")
-    parser.add_argument("--layers", action="store_true", help="list what may stand in the place of a linear layer")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show one in full")
+    parser.add_argument("--markdown", action="store_true", help="print docs/methods.md instead")
     asked = parser.parse_args(argv)
-    if asked.layers:
-        print(layer_markdown() if asked.markdown else layer_listing())
-    else:
-        print(markdown() if asked.markdown else listing())
+    if asked.name is not None and asked.markdown:
+        parser.error("--markdown prints everything; leave NAME out")
+    print(markdown() if asked.markdown else listing() if asked.name is None else details(asked.name))
     return 0

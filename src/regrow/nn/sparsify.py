@@ -71,7 +71,7 @@ def sparsify(
             ``density`` is that of the layers no glob matches. Q, K and V count as layers of their own.
         layer: what stands in the place of a layer: a name from ``regrow.nn.options.available()``, with its default
             options, or a :class:`~regrow.nn.options.LayerOption`. ``"blocks"`` is the sparse layer alone;
-            docs/layers.md has all. Options for feed-forward halves leave plain blocks elsewhere.
+            ``regrow methods`` lists all. Options for feed-forward halves leave plain blocks elsewhere.
         init: ``"truncated_normal"`` draws a random pattern and new values as the paper does, with zero bias;
             ``"keep"`` draws a random pattern, and copies the bias and the dense weight's values there; ``"magnitude"``
             copies the bias and the blocks with the greatest sums of absolute values: one-shot pruning. Both are for

@@ -5,11 +5,22 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from regrow.entries import listed
 from regrow.errors import RegrowError
 
 LrRule = Literal["eq3", "inverse", "supar", "none"]
 
 
+@listed(
+    "rule",
+    "eq3",
+    paper="Dietrich et al., Towards Structured Dynamic Sparse Pre-Training of BERT",
+    year=2021,
+    link="https://arxiv.org/abs/2108.06277",
+    always_sparse=True,
+    command="regrow pretrain --lr-rule eq3",
+    does="Raise the learning rate of sparse weights by a fit over densities; inverse is another, 1 / density.",
+)
 def sparse_learning_rate(dense_lr: float, density: float, rule: LrRule = "eq3", *, width_ratio: float = 1.0) -> float:
     r"""Learning rate of weights at a density from the dense optimum of the same model.
 
@@ -48,6 +59,16 @@ def sparse_learning_rate(dense_lr: float, density: float, rule: LrRule = "eq3", 
     raise RegrowError(f"unknown learning-rate rule {rule!r}; choose one of eq3, inverse, supar, none")
 
 
+@listed(
+    "rule",
+    "supar",
+    paper="Dey et al., Sparse maximal update parameterization: A holistic approach to sparse training dynamics",
+    year=2024,
+    link="https://arxiv.org/abs/2405.15743",
+    always_sparse=True,
+    command="regrow pretrain --lr-rule supar",
+    does="Learning rate and initial deviation of sparse weights such that no signal's size depends on the density.",
+)
 def supar_init_factor(density: float, width_ratio: float = 1.0) -> float:
     r"""What SuPar multiplies the dense initial standard deviation of a sparse weight by: :math:`1 / \sqrt{m \rho}`.
 

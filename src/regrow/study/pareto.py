@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from regrow.entries import listed
 from regrow.errors import RegrowError
 
 Point = tuple[float, float]
@@ -212,6 +213,16 @@ PAPER_LR_FIT = (1.969, 0.2905)
 """``a`` and ``b`` of Eq. 3."""
 
 
+@listed(
+    "tool",
+    "learning-rate-fit",
+    paper="Dietrich et al., Towards Structured Dynamic Sparse Pre-Training of BERT",
+    year=2021,
+    link="https://arxiv.org/abs/2108.06277",
+    always_sparse=True,
+    command="regrow report RUNS --claims claims.md",
+    does="Fit to tuned runs by how much a sparsity raises the best learning rate.",
+)
 def fit_learning_rate_rule(best: Iterable[Point], dense_lr: float | None = None) -> LearningRateFit:
     """Least squares of ``log eta`` on ``(1, s, s^2)`` for pairs ``(sparsity, best learning rate)`` (Eq. 3).
 

@@ -25,7 +25,17 @@ TRAINING_FIELDS = frozenset(field.name for field in fields(PretrainConfig))
 
 # What can change neither the training nor its evaluation.
 _BYSTANDERS = frozenset(
-    ("output", "seed", "workers", "logging_steps", "save_steps", "keep_checkpoints", "eval_steps", "report_to")
+    (
+        "output",
+        "seed",
+        "pattern_seed",
+        "workers",
+        "logging_steps",
+        "save_steps",
+        "keep_checkpoints",
+        "eval_steps",
+        "report_to",
+    )
 )
 # What decides whether two losses are of the same task.
 TASK = (

@@ -32,7 +32,7 @@ NO_EFFECT = ("output", "parallel", "workers", "keep_checkpoints", "save_steps", 
 RECIPE_FORMAT = 1
 """Raised when the default of an option changes, or what an option does."""
 Part = TypeVar("Part")
-_OF_SPARSITY = ("layer", "density", "distribution", "block_size", "block_steps", "block_warmup")
+_OF_SPARSITY = ("layer", "density", "distribution", "block_size", "block_steps", "block_warmup", "pattern_seed")
 _OF_UPDATES = ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates")
 _OF_RATES = ("lr_rule", "lr_scope", "base_width")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
+from regrow.entries import listed
 from regrow.errors import RegrowError
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -23,6 +24,16 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     return dict.fromkeys(shapes, density)
 
 
+@listed(
+    "rule",
+    "erk",
+    paper="Evci et al., Rigging the Lottery: Making All Tickets Winners",
+    year=2020,
+    link="https://arxiv.org/abs/1911.11134",
+    always_sparse=True,
+    command="regrow pretrain --distribution erk",
+    does="Small layers get a higher density than large ones; the whole keeps the one that was asked for.",
+)
 def erdos_renyi(shapes: Shapes, density: float) -> dict[str, float]:
     r"""A layer's number of blocks grows with the *sum* of its dimensions, not their product.
 

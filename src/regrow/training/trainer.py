@@ -17,6 +17,8 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from regrow.errors import RegrowError
+from regrow.nn import named_sparse_layers
+from regrow.nn.layout import record_layout
 from regrow.shards import is_sharded, whole, whole_state
 from regrow.training import checks
 from regrow.training.callback import RegrowCallback
@@ -151,6 +153,8 @@ class SafeTrainer(Trainer):
             heading, *lines = str(error).strip().splitlines()
             first = (lines or [heading])[0].strip()
             raise RegrowError(f"{path} does not fit this model ({first}); resume with the same config") from None
+        if layers := dict(named_sparse_layers(model or self.model)):
+            record_layout(model or self.model, layers)  # the checkpoint may have brought other numbers of blocks
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

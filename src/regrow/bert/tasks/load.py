@@ -40,6 +40,21 @@ def load_problem(config: FinetuneConfig, *, train: bool = True) -> tuple[Problem
     return ClassificationProblem(task, examples, dev, tokenizer, max_length), tokenizer
 
 
+def check_data(config: FinetuneConfig) -> None:
+    """Read the examples and forget them: what is wrong with them is known before there is a model to fine-tune.
+
+    Raises:
+        RegrowError: they cannot be read.
+    """
+    if config.task == "squad":
+        for split in ("train", "dev"):
+            read_squad(_squad_file(config, split))
+        return
+    task = task_named(config.task, config.columns, config.label_column)
+    task, _ = read_examples(task, config.source("train"), "train")
+    read_examples(task, config.source("dev"), "dev")
+
+
 def _with_labels_of(task: Task, saved: Any, model: str) -> Task:
     """The task with the labels, and their order, of a model that has a head for classes already."""
     if not any(name.endswith(ClassificationProblem.head) for name in saved.architectures or ()):
