@@ -8,7 +8,7 @@ https://arxiv.org/abs/2501.19107. There: from a density of .5, a steepness of 6.
           \\frac{\\sigma(k(p - 1/2)) - \\sigma(-k/2)}{\\sigma(k/2) - \\sigma(-k/2)}, \\quad
           p = \\text{clip}\\Big(\\frac{t - t_0}{t_1 - t_0}, 0, 1\\Big)
 
-with :math:`\\sigma` the logistic function and ``k`` the ``steepness``; the fraction lets the curve begin and end
+with ``sigma`` the logistic function and ``k`` the ``steepness``; the fraction lets the curve begin and end
 exactly at its ends. The blocks that an update leaves are a sample as in :mod:`regrow.methods.chts`, fewer from update
 to update, and a share of them is exchanged by the same rule. The paper removes surplus links by their relative
 importance; here the weight's magnitude decides, as it does for those exchanged.

@@ -3,7 +3,7 @@
 T. Jin, A. I. Humayun, U. Evci, S. Subramanian, A. Yazdanbakhsh, D. Alistarh, G. K. Dziugaite, *The Journey Matters:
 Average Parameter Count over Pre-training Unifies Sparse and Dense Scaling Laws*, ICLR 2025,
 https://arxiv.org/abs/2501.12486. The ``n`` prunings of a dense model lie 100 steps apart there, and after the ``k``-th
-the density is :math:`\\rho_f^{k/n}`.
+the density is ``rho_f ** (k / n)``.
 
 .. math:: \\rho(t) = \\rho_i\\,(\\rho_f / \\rho_i)^p, \\quad
           p = \\text{clip}\\Big(\\frac{t - t_0}{t_1 - t_0}, 0, 1\\Big)
@@ -11,7 +11,7 @@ the density is :math:`\\rho_f^{k/n}`.
 At an update the weakest blocks of the whole model go, so layers end with different densities (each keeps at least one
 block); none come. ``begin`` and ``end`` are shares of the training's *compute*, in which a step counts as much as the
 model is dense: with the paper's quarter and three quarters the dense quarter of the compute takes less than a quarter
-of the steps. :func:`window` says where in the steps :math:`t_0` and :math:`t_1` lie. After its last update nothing
+of the steps. :func:`window` says where in the steps ``t_0`` and ``t_1`` lie. After its last update nothing
 goes any more, so let updates go on until then. Blocks that go are freed, as with ``gmp``; the schedule's drop fraction
 plays no part.
 
