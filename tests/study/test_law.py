@@ -112,7 +112,7 @@ def test_numbers_count_as_one_if_neighbours_do() -> None:
         ({"density": 0.1, "block_size": 1}, create("set"), 0.1),
         ({"density": 0.1, "block_size": 1, "distribution": "erk"}, create("static"), 0.1),
         ({"density": 0.2, "block_size": 1, "n_updates": 4}, create("acdc"), 0.6),
-        ({"density": 1.0, "block_size": 1, "n_updates": 100}, create("journey", final_density=0.6), 0.766),
+        ({"density": 1.0, "block_size": 1, "n_updates": 500}, create("journey", final_density=0.6), 0.766),
     ],
 )
 def test_mean_densities_of_runs(options: dict, method: object, density: float) -> None:

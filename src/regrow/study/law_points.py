@@ -53,8 +53,8 @@ def average_density(config: PretrainConfig, method: Method) -> float | None:
 
     Example:
         >>> from regrow.methods import create
-        >>> average_density(PretrainConfig(size="2/64", density=0.1, block_size=16), create("static"))
-        0.10416666666666667
+        >>> round(average_density(PretrainConfig(size="2/64", density=0.1, block_size=16), create("static")), 4)
+        0.1042
         >>> gmp = create("gmp", final_density=0.25, begin=0.0, end=0.1)
         >>> average_density(PretrainConfig(size="tiny", density=1.0, steps=100, n_updates=10), gmp)
         0.325
