@@ -55,6 +55,13 @@ def test_every_sampling_of_gse_conforms(sampling: str) -> None:
     check_method(GSE(sampling=sampling, candidates=0.5))
 
 
+@pytest.mark.parametrize("random_share", [0.0, 0.4, 1.0])
+def test_normalised_growth_of_gse_conforms(random_share: float) -> None:
+    from regrow.methods.gse import GSE
+
+    check_method(GSE(growth="normalised", random_share=random_share))
+
+
 @dataclass(frozen=True)
 class _WithRoom(DynSparse):
     """DynSparse that never draws a pruned position, on layers that have room for that.

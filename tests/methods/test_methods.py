@@ -69,7 +69,7 @@ def test_group_lasso_shrinks_by_the_papers_formula() -> None:
 
 
 def test_errors_name_the_method_and_the_choices() -> None:
-    with pytest.raises(RegrowError, match="unknown method 'sett'; choose one of acdc, cht, chts, dynsparse"):
+    with pytest.raises(RegrowError, match="unknown method 'sett'; choose one of acdc, cht, chts, chtss, dynsparse"):
         create("sett")
     with pytest.raises(RegrowError, match="has no option 'colour'; its options: norm"):
         create("dynsparse", colour=1)

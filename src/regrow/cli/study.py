@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ def run(argv: Sequence[str]) -> int:
         description="Train the runs of a study: each once, whatever stops in between, with a record of everything.",
         epilog="each teaches its options: regrow study run --help",
     )
-    summary = "list: the studies that come with regrow; show, run: one"
-    return run_subcommand(parser, argv, {"list": _list, "show": _show, "run": _run}, summary)
+    summary = "list: the studies that come with regrow; show, run: one; fit: a scaling law to finished runs"
+    return run_subcommand(parser, argv, {"list": _list, "show": _show, "run": _run, "fit": _fit}, summary)
 
 
 def _list(argv: Sequence[str]) -> int:
@@ -86,6 +86,46 @@ def _run(argv: Sequence[str]) -> int:
     )
     print(result)
     return 0 if result.complete else INTERRUPTED if result.interrupted else INCOMPLETE
+
+
+def _fit(argv: Sequence[str]) -> int:
+    from tqdm.auto import tqdm
+
+    from regrow.bert.output import check_new
+    from regrow.study.law_points import describe_fit, fit_points, law_points, write_points
+    from regrow.study.runs import read_runs
+
+    parser = OneLineParser(
+        prog="regrow study fit",
+        description="Fit the law of the loss with mean parameters and tokens, L = E + A / N^alpha + B / D^beta, to "
+        "finished runs, sparse and dense. N counts the encoder's active linear weights, on the mean over training. Of "
+        "runs that differ in their learning rate alone those of the best one count.",
+        epilog="example: regrow study fit runs/studies --csv points.csv",
+    )
+    parser.add_argument("runs", nargs="+", metavar="STUDY", help="folders of studies, or record files")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the points and what the law gives to each")
+    parser.add_argument(
+        "--resamples", type=int, default=200, help="of the bootstrap that gives the intervals; 0 is none"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    asked = parser.parse_args(argv)
+    if asked.resamples < 0 or asked.seed < 0:
+        parser.error("--resamples and --seed must not be negative")
+    if asked.csv is not None:
+        check_new(asked.csv)
+    runs, broken = read_runs(asked.runs)
+    points, left_out = law_points(runs)
+
+    def watch(resamples: range) -> Iterable[int]:
+        return tqdm(resamples, "resamples", leave=False, disable=None)
+
+    for line in [*broken, *left_out]:
+        print(f"left out: {line}")
+    fit = fit_points(points, resamples=asked.resamples, seed=asked.seed, watch=watch)
+    print(describe_fit(fit, points))
+    if asked.csv is not None:
+        write_points(points, fit.law, asked.csv)
+    return 0
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:

@@ -62,6 +62,14 @@ class Method(ABC):
         """
         return {name: signals.topology.n_blocks for name, signals in layers.items()}
 
+    def density_at(self, progress: float, start: float) -> float | None:
+        """Share of all blocks that exist after an update at ``progress``, to whole blocks; ``start`` was the first.
+
+        What :func:`regrow.training.mean_density` averages. By default ``start`` if no layer changes its size, else
+        ``None``: not known beforehand. A method whose :meth:`allocate` follows a plan says so here.
+        """
+        return None if self.resizes else start
+
     def check_layer(self, name: str, topology: BlockTopology) -> None:
         """Raise :class:`RegrowError` if a layer cannot be trained with this method; called before the first step."""
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from regrow.errors import RegrowError
 from regrow.methods.base import LayerSize, Method, register
 from regrow.methods.cht import ch2_l3n, ch2_l3n_flops, graph
-from regrow.methods.rules import exchange_keeping, keys_without
+from regrow.methods.rules import exchange_keeping, keys_without, n_regrown
 from regrow.methods.scores import Norm, block_norm, check_norm, random_keys, strongest, weakest
 from regrow.methods.signals import Signals, positions_of
 from regrow.topology import TopologyUpdate
@@ -62,13 +62,16 @@ class CHTs(Method):
         norms = block_norm(signals.values, self.norm).double()
         relative = norms / norms.max().clamp_min(1e-300)  # powers of 9 must not overflow
         chance_to_stay = random_keys(relative**power, signals.generator)
-        dropped = weakest(chance_to_stay, min(signals.n_moved, topology.n_blocks - 1))
+        surplus = topology.n_blocks - signals.n_after
+        exchanged = round(signals.fraction * signals.n_after)
+        dropped = weakest(chance_to_stay, min(surplus + exchanged, topology.n_blocks - 1))
         kept = keys_without(topology, dropped)
         pieces = (
             (positions, random_keys(scores, signals.generator))
             for positions, scores in positions_of(ch2_l3n(graph(topology, kept)))
         )
-        return exchange_keeping(topology, dropped, strongest(pieces, dropped.numel(), excluded=kept))
+        positions = strongest(pieces, n_regrown(signals, dropped), excluded=kept)
+        return exchange_keeping(topology, dropped, positions)
 
     def update_flops(self, layer: LayerSize, tokens: int) -> int:
         return ch2_l3n_flops(layer)

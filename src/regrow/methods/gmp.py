@@ -31,12 +31,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from regrow.errors import RegrowError
 from regrow.methods.base import Method, register
-from regrow.methods.rules import check_share, exchange
+from regrow.methods.density import by_layer, check_starts_denser, check_window, cubic, way
+from regrow.methods.rules import exchange
 from regrow.methods.scores import Norm, block_norm, check_norm, weakest
 from regrow.methods.signals import Signals
-from regrow.topology import BlockTopology, TopologyUpdate, blocks_at_density
+from regrow.topology import BlockTopology, TopologyUpdate
 from regrow.topology.distribution import check_density
 
 
@@ -58,29 +58,18 @@ class GMP(Method):
     def __post_init__(self) -> None:
         check_norm(self.norm)
         check_density(self.final_density, "final_density")
-        check_share("begin", self.begin)
-        check_share("end", self.end)
-        if self.begin >= self.end:
-            raise RegrowError(f"begin must be less than end, got {self.begin} and {self.end}")
+        check_window(self.begin, self.end)
 
     def check_layer(self, name: str, topology: BlockTopology) -> None:
-        if topology.n_blocks < blocks_at_density(topology.n_block_rows, topology.n_block_cols, self.final_density):
-            raise RegrowError(
-                f"{name} starts at density {topology.density:.3g}, below final_density={self.final_density}; gmp only "
-                "prunes, so start denser"
-            )
+        check_starts_denser(name, topology, self.final_density, self.name)
+
+    def density_at(self, progress: float, start: float) -> float:
+        return cubic(start, self.final_density, way(progress, self.begin, self.end))
 
     def allocate(self, layers: Mapping[str, Signals]) -> dict[str, int]:
-        return {name: min(s.topology.n_blocks, self._blocks(s)) for name, s in layers.items()}
+        return by_layer(layers, self.density_at)
 
     def propose(self, signals: Signals) -> TopologyUpdate | None:
         topology = signals.topology
         dropped = weakest(block_norm(signals.values, self.norm), topology.n_blocks - signals.n_after)
         return exchange(topology, dropped, dropped.new_empty(0))
-
-    def _blocks(self, signals: Signals) -> int:
-        topology = signals.topology
-        start = (topology.n_blocks if signals.start_blocks is None else signals.start_blocks) / topology.n_positions
-        p = min(max((signals.progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
-        density = self.final_density + (start - self.final_density) * (1 - p) ** 3
-        return blocks_at_density(topology.n_block_rows, topology.n_block_cols, min(density, 1.0))

@@ -15,6 +15,16 @@ gradient norm come, at zero. Positions just left are excluded, as published, unl
 
 With every empty position a candidate this is RigL.
 
+Two options are ours. A gradient ``G_ij = g_i^T x_j`` can be large because input ``j`` or the gradient of output ``i``
+is, whatever the two have to do with each other, and growth then gathers on few inputs and outputs. With
+``growth=normalised`` candidates are ranked by
+
+.. math:: \\frac{\\|G_{ij}\\|}{\\|g_i\\|\\, \\|x_j\\|} \\in [0, 1]
+
+(Frobenius norms over tokens and features of a block; for single weights the cosine of the angle between ``g_i`` and
+``x_j`` over the tokens). And ``random_share`` of the blocks that come are drawn uniformly from all empty positions,
+without a rank.
+
 An update of 2 x 3 positions: blocks of magnitudes 5, 1, 4, 2 at flat positions 0, 1, 3, 5, gradient ``[[9, 6, 1],
 [9, 7, 3]]``. Slot 1 goes (a share of .25). The empty positions 2 and 4 are both candidates; 4 has the larger gradient:
 
@@ -28,6 +38,17 @@ An update of 2 x 3 positions: blocks of magnitudes 5, 1, 4, 2 at flat positions 
     >>> update = create("gse").propose(signals)
     >>> update.slots.tolist(), update.rows.tolist(), update.cols.tolist()
     ([1], [1], [1])
+
+Here ``g`` is the identity and the gradient is ``x``, so its columns are divided by their norms. With ``[3, 1]`` as the
+last of them position 2 has 3 / sqrt(10) = .95 and position 4 still 7 / sqrt(85) = .76:
+
+    >>> gradient = Gradient(torch.tensor([[9.0, 6.0, 3.0], [9.0, 7.0, 1.0]]), torch.eye(2), block_size=1)
+    >>> signals = Signals(values, topology, 0.25, torch.Generator().manual_seed(0), gradient=gradient)
+    >>> for growth in ("gradient", "normalised"):
+    ...     update = create("gse", growth=growth).propose(signals)
+    ...     print(update.rows.tolist(), update.cols.tolist())
+    [1] [1]
+    [0] [2]
 """
 
 from __future__ import annotations
@@ -40,13 +61,14 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.methods.base import LayerSize, Method, register
-from regrow.methods.rules import exchange_keeping, keys_without
+from regrow.methods.rules import check_share, exchange_keeping, keys_without
 from regrow.methods.scores import Norm, block_norm, check_norm, strongest, weakest
 from regrow.methods.signals import Gradient, Signals
 from regrow.topology import TopologyUpdate
 from regrow.topology.sampling import sample_free
 
 _ROUNDS = 8  # of rejection sampling; what is missing then is drawn uniformly
+_TINY = 1e-30  # where an input or a gradient is zero throughout, so is their product
 
 
 @register("gse")
@@ -65,6 +87,11 @@ class GSE(Method):
     )
     candidates: float = field(default=1.0, metadata={"help": "candidates, as a multiple of the number of blocks"})
     regrow_pruned: bool = field(default=False, metadata={"help": "positions just pruned may be candidates"})
+    growth: Literal["gradient", "normalised"] = field(
+        default="gradient",
+        metadata={"help": "what ranks candidates: their gradient, or that over the norms of its input and output"},
+    )
+    random_share: float = field(default=0.0, metadata={"help": "share of the blocks that come drawn at random instead"})
 
     def __post_init__(self) -> None:
         check_norm(self.norm)
@@ -72,6 +99,9 @@ class GSE(Method):
             raise RegrowError(f"sampling must be 'uniform', 'norms' or 'sketch', got {self.sampling!r}")
         if not self.candidates > 0:
             raise RegrowError(f"candidates must be positive, got {self.candidates}")
+        if self.growth not in ("gradient", "normalised"):
+            raise RegrowError(f"growth must be 'gradient' or 'normalised', got {self.growth!r}")
+        check_share("random_share", self.random_share)
 
     def propose(self, signals: Signals) -> TopologyUpdate | None:
         assert signals.gradient is not None
@@ -80,13 +110,30 @@ class GSE(Method):
         taken = keys_without(topology, dropped) if self.regrow_pruned else topology.keys()
         if dropped.numel() == 0 or taken.numel() == topology.n_positions:
             return None
-        candidates = self._candidates(signals, signals.gradient, taken).sort().values
-        blocks = signals.gradient.at(candidates // topology.n_block_cols, candidates % topology.n_block_cols)
-        positions = strongest([(candidates, block_norm(blocks, self.norm))], dropped.numel(), excluded=taken)
+        n_random = round(self.random_share * dropped.numel())
+        positions = self._best(signals, signals.gradient, dropped.numel() - n_random, taken)
+        occupied = torch.cat([taken, positions])
+        n_random = min(n_random, topology.n_positions - occupied.numel())
+        drawn = sample_free(topology.n_positions, occupied, n_random, signals.generator)
+        positions = torch.cat([positions, drawn])
         return exchange_keeping(topology, dropped[: positions.numel()], positions)
 
     def update_flops(self, layer: LayerSize, tokens: int) -> int:
         return round(2 * tokens * self.candidates * layer.n_blocks * layer.block_shape.numbers)
+
+    def _best(self, signals: Signals, gradient: Gradient, k: int, taken: Tensor) -> Tensor:
+        """The ``k`` best of the candidates."""
+        if k == 0:
+            return taken.new_empty(0)
+        candidates = self._candidates(signals, gradient, taken).sort().values
+        rows, cols = candidates // signals.topology.n_block_cols, candidates % signals.topology.n_block_cols
+        blocks = gradient.at(rows, cols)
+        if self.growth == "gradient":
+            scores = block_norm(blocks, self.norm)
+        else:
+            of_rows, of_cols = gradient.side_norms()
+            scores = block_norm(blocks, "l2") / (of_rows[rows] * of_cols[cols]).clamp_min(_TINY)
+        return strongest([(candidates, scores)], k, excluded=taken)
 
     def _candidates(self, signals: Signals, gradient: Gradient, taken: Tensor) -> Tensor:
         topology = signals.topology

@@ -119,6 +119,16 @@ class Gradient:
         rows, cols = (summed(t.abs().sum(0).view(-1, edge).sum(1)) for t, edge in sides)
         return rows, cols
 
+    def side_norms(self) -> tuple[Tensor, Tensor]:
+        """``([R], [C])``: Frobenius norms of ``g`` over tokens and features of a block row, of ``x`` of a block column.
+
+        The Frobenius norm of the block of ``G`` at ``(i, j)`` is at most the product of its two: Cauchy and Schwarz.
+        """
+        b = self.block_size
+        squares = (torch.linalg.vector_norm(t, dim=0).double().square() for t in (self.g, self.x))
+        rows, cols = (summed(square.view(-1, b).sum(1)).sqrt() for square in squares)
+        return rows, cols
+
     def sketches(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``([R], [C])``: block sums of ``|s^T g|`` and ``|s^T x|`` for random signs ``s``, one a token.
 

@@ -81,6 +81,9 @@ class SNFS(Method):
                 left -= taken
         return {name: max(1, kept[name] + given[name]) for name in layers}
 
+    def density_at(self, progress: float, start: float) -> float:
+        return start  # layers change their size, the total does not
+
     def propose(self, signals: Signals) -> TopologyUpdate | None:
         assert signals.gradient is not None
         topology = signals.topology

@@ -65,6 +65,9 @@ class SRigL(Method):
     def check_layer(self, name: str, topology: BlockTopology) -> None:
         check_one_per_row(name, topology, "srigl")
 
+    def density_at(self, progress: float, start: float) -> float:
+        return start  # but for less than a block per row
+
     def propose(self, signals: Signals) -> TopologyUpdate | None:
         assert signals.gradient is not None
         topology, n_cols = signals.topology, signals.topology.n_block_cols
