@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 
 from regrow.bert.fused import Fusions, fuse
 from regrow.bert.masking import IGNORE
-from regrow.nn import mask_linears, named_sparse_layers, sparsify
+from regrow.methods import WeightTransform
+from regrow.nn import mask_linears, named_sparse_layers, sparsify, transform_linears
 from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.tied import SharedGradient
 from regrow.topology.distribution import Distribution
@@ -97,11 +98,13 @@ def build_model(
     distribution: Distribution = "uniform",
     fusions: Fusions | None = None,
     masked: bool = False,
+    transform: WeightTransform | None = None,
     seed: int = 0,
 ) -> BertForPreTraining:
     """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
 
-    With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`.
+    With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`;
+    with a ``transform`` it is a dense one of :class:`~regrow.nn.TransformedLinear`, and the density is what is to be left.
 
     The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
     taken for what is left. ``density=None`` gives the dense baseline. By default all its operations are fused (see
@@ -109,7 +112,9 @@ def build_model(
     """
     with torch.device("meta"):
         model = BertForPreTraining(config)
-    if density is not None and masked:
+    if transform is not None:
+        pass  # needs weights to begin with
+    elif density is not None and masked:
         mask_linears(model, density=density, block_size=block_size, include=ENCODER)
     elif density is not None:
         sparsify(model, density=density, block_size=block_size, distribution=distribution, include=ENCODER, seed=seed)
@@ -118,6 +123,8 @@ def build_model(
             module.to_empty(device="cpu", recurse=False)
     model.tie_weights()
     model.initialize_weights()
+    if density is not None and transform is not None:
+        transform_linears(model, transform, density=density, block_size=block_size, include=ENCODER, seed=seed)
     return fuse(model, fusions)
 
 
