@@ -112,18 +112,16 @@ def build_model(
     """
     with torch.device("meta"):
         model = BertForPreTraining(config)
-    if transform is not None:
-        pass  # needs weights to begin with
-    elif density is not None and masked:
+    if density is not None and masked:
         mask_linears(model, density=density, block_size=block_size, include=ENCODER)
-    elif density is not None:
+    elif density is not None and transform is None:
         sparsify(model, density=density, block_size=block_size, distribution=distribution, include=ENCODER, seed=seed)
     for module in model.modules():
         if any(tensor.is_meta for tensor in [*module.parameters(False), *module.buffers(False)]):
             module.to_empty(device="cpu", recurse=False)
     model.tie_weights()
     model.initialize_weights()
-    if density is not None and transform is not None:
+    if density is not None and transform is not None:  # which begins with weights
         transform_linears(model, transform, density=density, block_size=block_size, include=ENCODER, seed=seed)
     return fuse(model, fusions)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from regrow.bert.run import RunDirectory
 from regrow.cli.parser import OneLineParser
 from regrow.cli.sources import add_sources, flags_of_files, read_sources, refuse_changes, saved_flags, value_of
-from regrow.methods import method_class
+from regrow.methods import Method, available, method_class
 from regrow.ranks import restarts
 
 
@@ -26,6 +26,7 @@ class TrainingCommand:
         description, example: what ``--help`` teaches.
         may_change: options that a resumed run may be given anew.
         presets: whether regrow comes with configurations for it.
+        method_flags: what names the method whose options it takes; of several the first that names one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TrainingCommand:
     example: str
     may_change: Sequence[str]
     presets: bool = False
+    method_flags: Sequence[str] = ("method",)
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, Any, bool]:
         """Configuration, method, and whether to resume.
@@ -48,7 +50,7 @@ class TrainingCommand:
         resume = asked.resume or (restarts() > 0 and run.begun)  # torchrun repeats the command as it was
         saved = saved_flags(run) if resume else []
         flags = [*saved, *given]
-        parser = self._parser(method_class(value_of("--method", flags, default=defaults["method"])))
+        parser = self._parser(*self._method(flags, defaults))
         config, method = _parse(parser, flags)
         if resume:
             refuse_changes((config, method), _parse(parser, saved), self.may_change)
@@ -61,9 +63,16 @@ class TrainingCommand:
             RegrowError: there is none, or it is damaged.
         """
         flags = [*saved_flags(run), *changes]
-        return _parse(self._parser(method_class(value_of("--method", flags, default="dynsparse"))), flags)[0]
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self.config)}
+        return _parse(self._parser(*self._method(flags, defaults)), flags)[0]
 
-    def _parser(self, method: type) -> Any:
+    def _method(self, flags: Sequence[str], defaults: Mapping[str, Any]) -> tuple[str, type[Method]]:
+        """The flag that names the method whose options are to be had, and that method."""
+        *first, last = ((flag, value_of(f"--{flag}", flags, default=defaults[flag])) for flag in self.method_flags)
+        flag, name = next(((flag, name) for flag, name in first if name in available()), last)
+        return flag, method_class(name)
+
+    def _parser(self, flag: str, method: Any) -> Any:
         parser_class: Any = type("TrainingParser", (OneLineParser, HfArgumentParser), {})
         parser = parser_class(
             self.config,
@@ -76,7 +85,7 @@ class TrainingCommand:
         )
         add_sources(parser, presets=self.presets)
         if fields(method):
-            method._argument_group_name = f"options of --method {method.name}"  # type: ignore[attr-defined]
+            method._argument_group_name = f"options of --{flag} {method.name}"
         parser._add_dataclass_arguments(method)
         parser.dataclass_types.append(method)
         return parser

@@ -12,6 +12,10 @@ LAYER, TOKENS = LayerSize(in_features=768, out_features=3072, block_size=16, n_b
 """The layer whose update is priced: BERT-Base's first feed-forward one at density 0.1, and the tokens of a batch."""
 
 
+DENSE_COST = "It trains dense weights at dense cost: nothing is saved."
+"""Said of every method with ``dense_layout``, wherever methods are listed."""
+
+
 def extra_steps(method: Method) -> float:
     """FLOPs of one update of :data:`LAYER` beyond ordinary training, in training steps of that layer."""
     step = 3 * 2 * TOKENS * LAYER.n_blocks * LAYER.block_size**2
@@ -86,7 +90,8 @@ def _extra(method: Method) -> str:
 
 
 def _summary(method: Method) -> str:
-    return (method.__doc__ or "").strip().splitlines()[0]
+    first = (method.__doc__ or "").strip().splitlines()[0]
+    return f"{first} {DENSE_COST}" if method.dense_layout else first
 
 
 def _options(method: Method) -> list[tuple[str, object, str]]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "regrow"
 FORMAT_VERSION = 1
+TRANSFORM = "regrow_transform"
+"""Entry of ``model.config`` while a method transforms the dense weights: they alone are not what is evaluated."""
 
 
 def record_layout(model: nn.Module, layers: Mapping[str, BlockSparseLinear]) -> None:
@@ -50,3 +52,12 @@ def layout(layers: Mapping[str, BlockSparseLinear]) -> dict[str, Any]:
             for name, layer in layers.items()
         },
     }
+
+
+def record_transform(model: nn.Module, name: str | None) -> None:
+    """Write into ``model.config`` that the method ``name`` transforms its weights; ``None`` removes it."""
+    config = getattr(model, "config", None)
+    if config is not None and name is not None:
+        setattr(config, TRANSFORM, name)
+    elif config is not None and TRANSFORM in vars(config):
+        delattr(config, TRANSFORM)

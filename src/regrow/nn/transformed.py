@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regrow.errors import RegrowError
+from regrow.nn.layout import record_transform
 from regrow.nn.sparsify import Globs, Model, chosen_layers, replace_module
 
 
@@ -204,6 +205,7 @@ def transform_linears(
     for name, dense in chosen.items():
         layer = TransformedLinear(dense, transform, density=density, block_size=block_size, generator=generator)
         model = replace_module(model, name, layer.train(dense.training))
+    record_transform(model, transform.name)
     return model
 
 
@@ -224,4 +226,5 @@ def harden(model: Model) -> Model:
         dense.weight = nn.Parameter(layer.transform.final(layer.view), requires_grad=layer.weight.requires_grad)
         dense.bias = layer.bias
         model = replace_module(model, name, dense.train(layer.training))
+    record_transform(model, None)
     return model
