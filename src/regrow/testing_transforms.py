@@ -93,7 +93,8 @@ def _check_listings(method: WeightTransform) -> None:
 def _check_layer(method: WeightTransform, moment: Moment) -> None:
     name = method.name
     torch.manual_seed(moment.seed)
-    layer = transform_linears(nn.Linear(32, 12), method, density=DENSITY, block_size=BLOCK, seed=1).train()
+    model = transform_linears(nn.Sequential(nn.Linear(32, 12)), method, density=DENSITY, block_size=BLOCK, seed=1)
+    ((_, layer),) = named_transformed_layers(model)
     random_state = torch.get_rng_state()
     with torch.no_grad():
         for step in range(moment.step + 1):  # what the method keeps is to be of this moment

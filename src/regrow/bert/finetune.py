@@ -114,8 +114,9 @@ def finetune(
         stop.restore()
         progress.close()
     finished = trainer.state.global_step >= steps
-    transformed = config.transform is not None and topology is not None and topology.updater is not None
-    kept = topology.updater.coverage if transformed else None
+    kept = None
+    if config.transform is not None and topology is not None and topology.updater is not None:
+        kept = topology.updater.coverage
     if finished:
         harden(model)
         trainer.save_model(str(run.path))

@@ -104,7 +104,7 @@ def build_model(
     """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
 
     With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`;
-    with a ``transform`` it is a dense one of :class:`~regrow.nn.TransformedLinear`, and the density is what is to be left.
+    with a ``transform`` it has dense :class:`~regrow.nn.TransformedLinear`, and the density is what is to be left.
 
     The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
     taken for what is left. ``density=None`` gives the dense baseline. By default all its operations are fused (see

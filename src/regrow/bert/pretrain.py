@@ -67,7 +67,9 @@ class PretrainConfig(TrainingOptions):
     )
     output: str = _option("runs/pretrain", "run directory; must be new or empty unless --resume")
     size: str = _option("tiny", "tiny, mini, small, medium, base, large, or LAYERS/HIDDEN/HEADS as 2/192/3")
-    density: float = _option(0.1, "share of encoder blocks that exist, in (0, 1]; 0.1 is 90%% sparse; n:m methods have their own")
+    density: float = _option(
+        0.1, "share of encoder blocks that exist, in (0, 1]; 0.1 is 90%% sparse; n:m methods have their own"
+    )
     distribution: str = _option(
         "uniform", "how density varies over layers: uniform, er, erk, or GLOB=DENSITY,... of layer names"
     )

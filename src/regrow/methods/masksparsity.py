@@ -88,7 +88,8 @@ class MaskSparsity(WeightTransform):
 
     def wrong_state(self, layer: LayerView) -> str | None:
         found, doomed = int(layer.state["doomed"].sum()), layer.state["doomed"]
-        kept = blocks_at_density(*doomed.shape, layer.density)
+        rows, cols = doomed.shape
+        kept = blocks_at_density(rows, cols, layer.density)
         expected = 0 if layer.moment.progress < self.begin else doomed.numel() - kept
         return None if found == expected else f"doomed must hold {expected} blocks, got {found}"
 
@@ -97,7 +98,9 @@ class MaskSparsity(WeightTransform):
         if layer.moment.progress >= self.end:
             return weight * ~doomed
         value = weight.detach()
-        return straight_through(weight, value, value.sign() * doomed * (self.doomed_decay / layer.moment.backward_passes))
+        return straight_through(
+            weight, value, value.sign() * doomed * (self.doomed_decay / layer.moment.backward_passes)
+        )
 
     def final(self, layer: LayerView) -> Tensor:
         doomed = layer.state["doomed"]

@@ -84,7 +84,7 @@ def straight_through(weight: Tensor, value: Tensor, penalty: Tensor | None = Non
 
     Source: Bengio et al. 2013, arXiv 1308.3432.
     """
-    return _StraightThrough.apply(weight, value, penalty)  # type: ignore[no-untyped-call]
+    return _StraightThrough.apply(weight, value, penalty)
 
 
 class _StraightThrough(torch.autograd.Function):

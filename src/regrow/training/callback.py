@@ -85,9 +85,7 @@ class RegrowCallback(TrainerCallback):
             self.updater = MaskedTraining(model, method, schedule=schedule, seed=self.seed)
         elif isinstance(method, WeightTransform):
             passes = args.gradient_accumulation_steps
-            self.updater = TransformedTraining(
-                model, method, schedule=schedule, seed=self.seed, backward_passes=passes
-            )
+            self.updater = TransformedTraining(model, method, schedule=schedule, seed=self.seed, backward_passes=passes)
         else:
             self.updater = TopologyUpdater(model, kwargs["optimizer"], method, schedule=schedule, seed=self.seed)
         if state.global_step == 0:

@@ -59,7 +59,9 @@ class TransformedTraining:
     ) -> None:
         self.layers = dict(named_transformed_layers(unwrapped(model)))
         if not self.layers:
-            raise RegrowError(f"method {method.name!r} needs transformed layers; call regrow.nn.transform_linears first")
+            raise RegrowError(
+                f"method {method.name!r} needs transformed layers; call regrow.nn.transform_linears first"
+            )
         for name, layer in self.layers.items():
             if layer.transform != method:
                 raise RegrowError(f"{name or 'the layer'} was made for {layer.transform}, not for {method}")
@@ -116,7 +118,8 @@ class TransformedTraining:
 
     @torch.no_grad()
     def _advance(self) -> bool:
-        return any([self.method.advance_(layer.view) for layer in self.layers.values()])  # all of them, not up to one
+        changed = [self.method.advance_(layer.view) for layer in self.layers.values()]
+        return any(changed)
 
     def _check_agreement(self) -> None:
         kept = {name: list(layer.state.values()) for name, layer in self.layers.items()}
