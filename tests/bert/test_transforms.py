@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, TrainerC
 import finetuning
 from finetuning import write_encoder, write_table
 from pretraining import STEPS, config, metrics_without_clock
+from processes import together
 from regrow.bert.finetune import FinetuneResult, finetune
 from regrow.bert.pretrain import PretrainResult, pretrain
 from regrow.bert.saved import load_saved
@@ -23,6 +24,7 @@ from regrow.methods import create
 pytestmark = pytest.mark.usefixtures("cache")
 
 NAMES = ["maskllm", "masksparsity", "pdp", "pgf", "srste", "sste"]
+EVERY_STEP = {"dropout": 0.0, "logging_steps": 1}
 OF_TWO_IN_FOUR = {"maskllm", "pgf", "srste", "sste"}
 RTE = Path(__file__).parents[2] / "../shared/data/glue/RTE"
 
@@ -192,3 +194,27 @@ def test_a_real_task(encoder: Path, tmp_path: Path) -> None:
     options = {"task": "rte", "text_columns": "", "label_column": None, "max_length": 32, "epochs": 0.02}
     result = tuned(encoder, RTE, tmp_path / "run", "maskllm", **options)
     assert result.finished and result.density == 0.5 and 0 < result.metrics["accuracy"] < 1
+
+
+TWO = ("maskllm", "masksparsity", "srste")
+
+
+def train_two(corpus: Path, folder: Path) -> dict[str, PretrainResult | str]:
+    """On each rank: the results of a few methods, and the message of parameters that cannot be shared out."""
+    with pytest.raises(RegrowError) as refusal:
+        pretrain(config(corpus, folder / "refused", parallel="fsdp"), create("srste"))
+    found = {name: pretrain(config(corpus, folder / name, **EVERY_STEP), create(name)) for name in TWO}
+    return {"refusal": str(refusal.value), **found}
+
+
+def test_two_processes_train_what_one_does(corpus: Path, tmp_path: Path) -> None:
+    first, second = together(2, f"{__file__}:train_two", tmp_path / "ranks", corpus, tmp_path / "two")
+    assert first == second
+    assert "method 'srste' transforms dense weights, which parameters that are shared out cannot" in first["refusal"]
+    for name in TWO:
+        alone = pretrain(config(corpus, tmp_path / name, **EVERY_STEP), create(name))
+        lines, expected = (metrics_without_clock(result.path) for result in (first[name], alone))
+        assert len(lines) == len(expected) > STEPS
+        for line, other in zip(lines, expected, strict=True):
+            losses = [key for key in line if key.endswith("loss")]
+            assert [line[key] for key in losses] == pytest.approx([other[key] for key in losses], abs=1e-4, rel=0)

@@ -12,6 +12,8 @@ LAYER, TOKENS = LayerSize(in_features=768, out_features=3072, block_size=16, n_b
 """The layer whose update is priced: BERT-Base's first feed-forward one at density 0.1, and the tokens of a batch."""
 
 
+_WIDTH = 13  # of the column of names
+
 DENSE_COST = "It trains dense weights at dense cost: nothing is saved."
 """Said of every method with ``dense_layout``, wherever methods are listed."""
 
@@ -24,12 +26,12 @@ def extra_steps(method: Method) -> float:
 
 def listing() -> str:
     """One line a method, and its options below it."""
-    lines = [f"{'name':10} {'year':5} {'always sparse':14} {'looks at':20} {'extra FLOPs':12} what it does"]
+    lines = [f"{'name':{_WIDTH}} {'year':5} {'always sparse':14} {'looks at':20} {'extra FLOPs':12} what it does"]
     for method in _all():
         sparse = "yes" if method.always_sparse else "no"
-        facts = f"{method.name:10} {method.year:<5} {sparse:14} {signals_of(method):20} {_extra(method):12}"
+        facts = f"{method.name:{_WIDTH}} {method.year:<5} {sparse:14} {signals_of(method):20} {_extra(method):12}"
         lines.append(f"{facts} {_summary(method)}")
-        lines.append(f"{'':10} {method.paper}, {method.link}")
+        lines.append(f"{'':{_WIDTH}} {method.paper}, {method.link}")
         lines += [f"    --{name:22} {default!s:10} {text}" for name, default, text in _options(method)]
     return "\n".join([*lines, _PRICE])
 
