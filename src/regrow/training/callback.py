@@ -29,6 +29,9 @@ class RegrowCallback(TrainerCallback):
     ``Trainer(..., callbacks=[RegrowCallback(n_updates=40)])`` is all a training script needs. The updater's state
     travels in every checkpoint and is restored on resume. Started by ``torchrun``, every rank makes the same updates.
 
+    Methods on dense weights want layers of their own, by :func:`regrow.nn.mask_linears` or
+    :func:`regrow.nn.transform_linears`; of the latter :func:`regrow.nn.harden` makes ordinary ones after training.
+
     Args:
         method: a name from ``regrow.methods.available()`` or a :class:`~regrow.methods.Method`.
         n_updates, drop_fraction, decay, final_fraction, stop: see :class:`~regrow.UpdateSchedule`; the total is the
