@@ -66,8 +66,8 @@ class WeightTransform(Method):
         if self.pattern is not None and in_features % self.pattern[1]:
             n, m = self.pattern
             raise RegrowError(
-                f"{name}: {self.name} keeps {n} of every {m} inputs, and {m} does not divide in_features={in_features}; "
-                "choose an m that does"
+                f"{name}: {self.name} keeps {n} of every {m} inputs, and {m} does not divide "
+                f"in_features={in_features}; choose an m that does"
             )
 
     def propose(self, signals: Signals) -> None:
