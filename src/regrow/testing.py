@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def check_method(method: str | Method, *, examples: int = 30, ranks: int = 2) ->
 
     Raises:
         AssertionError: saying which rule the method breaks.
-        RegrowError: the method trains dense layers; only its declaration was checked.
+        RegrowError: the method trains dense layers; only its declaration was checked. For those that transform dense
+            weights see :func:`regrow.testing_transforms.check_transform`.
         ImportError: Hypothesis is not installed.
     """
     method = create(method) if isinstance(method, str) else method
@@ -88,7 +90,7 @@ def check_method(method: str | Method, *, examples: int = 30, ranks: int = 2) ->
     _check_updates(method, examples)
     _check_training(method)
     if ranks > 1:
-        _check_ranks(method)
+        _check_ranks(method, _train_rank)
     weight = 4 * _MEMORY_LAYER[0] * _MEMORY_LAYER[1]
     return MethodReport(method.name, {b: _check_memory(method, b) for b in (1, 16)}, weight)
 
@@ -288,12 +290,12 @@ def _check_training(method: Method) -> None:
 # ---- 4: ranks -------------------------------------------------------------------------------------
 
 
-def _check_ranks(method: Method) -> None:
+def _check_ranks(method: Method, train: Callable[[Any, int, str], None]) -> None:
     context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
         context.set_forkserver_preload(["regrow.testing"])
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_train_rank, args=(method, rank, folder)) for rank in range(2)]
+        processes = [context.Process(target=train, args=(method, rank, folder)) for rank in range(2)]
         for process in processes:
             process.start()
         for process in processes:

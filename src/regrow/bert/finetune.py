@@ -21,8 +21,8 @@ from regrow.bert.saved import load_saved
 from regrow.bert.tasks.load import load_problem
 from regrow.bert.tasks.problem import Problem, Stream
 from regrow.errors import RegrowError
-from regrow.methods import Method, create
-from regrow.nn import densify, density_of, named_sparse_layers, sparsify
+from regrow.methods import Method, WeightTransform, create
+from regrow.nn import densify, density_of, harden, named_sparse_layers, sparsify, transform_linears
 from regrow.optim import AdamW, parameter_groups
 from regrow.ranks import started_by_torchrun
 from regrow.training.interrupt import StopOnSignal
@@ -55,7 +55,8 @@ def finetune(
 
     Args:
         config: see the fields of :class:`FinetuneConfig`.
-        method: how the pattern moves with ``topology="dynamic"``, as ``regrow.methods.create(config.method)`` makes it.
+        method: how the pattern moves with ``topology="dynamic"``, as ``regrow.methods.create(config.method)`` makes it;
+            or where ``config.sparsify`` names a method, that one.
         resume: continue the run in ``config.output`` from its newest checkpoint, or from the start if it has none yet.
         callbacks: more of transformers' callbacks.
 
@@ -76,7 +77,7 @@ def finetune(
     if problem.train is None:
         raise RegrowError("there is nothing to train on")
     steps = max(1, round(config.epochs * len(problem.train) / config.batch_size))
-    model = _model(config, problem)
+    model = _model(config, problem, method)
     moving = _moving(config, method)
     optimizer = _optimizer(config, model)
     if moving is not None:  # refuse now what the first update would
@@ -113,7 +114,11 @@ def finetune(
         stop.restore()
         progress.close()
     finished = trainer.state.global_step >= steps
+    kept = None
+    if config.transform is not None and topology is not None and topology.updater is not None:
+        kept = topology.updater.coverage
     if finished:
+        harden(model)
         trainer.save_model(str(run.path))
     sparse = [layer for _, layer in named_sparse_layers(model)]
     found, seconds = last_evaluation(run, trainer.state.global_step)
@@ -125,7 +130,7 @@ def finetune(
         seconds=seconds,
         main_metric=problem.main_metric,
         metrics=found,
-        density=density_of(sparse) if sparse else 1.0,
+        density=kept if kept is not None else density_of(sparse) if sparse else 1.0,
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
     )
@@ -140,7 +145,7 @@ def last_evaluation(run: RunDirectory, step: int) -> tuple[dict[str, float] | No
     return None, 0.0
 
 
-def _model(config: FinetuneConfig, problem: Problem) -> Any:
+def _model(config: FinetuneConfig, problem: Problem, method: Method) -> Any:
     set_seed(config.seed)
     changes = dict(problem.changes)
     if config.dropout is not None:
@@ -149,20 +154,42 @@ def _model(config: FinetuneConfig, problem: Problem) -> Any:
     sparse = any(True for _ in named_sparse_layers(model))
     if sparse and config.density is not None:
         raise RegrowError(f"{config.model} is sparse already; --density is for dense models")
+    if sparse and config.transform is not None:
+        raise RegrowError(f"{config.model} is sparse already; --sparsify {config.sparsify} is for dense models")
     if not sparse and config.topology != "fixed" and config.density is None:
         raise RegrowError(
             f"{config.model} is dense, and topology={config.topology!r} is for sparse models; give --density"
         )
     if sparse and config.topology == "dense":
         densify(model)
-    if config.density is not None:
+    if config.transform is not None:
+        _transform(model, config, method)
+    elif config.density is not None:
         start = config.density if config.sparsify == "oneshot" else 1.0
         sparsify(model, density=start, block_size=config.block_size, include=f"*{ENCODER}", init="magnitude")
     return fuse(model, Fusions.named(config.fuse))
 
 
+def _transform(model: Any, config: FinetuneConfig, method: Method) -> None:
+    """Have the encoder's layers multiply by what the method makes of their weights."""
+    if not isinstance(method, WeightTransform) or method.name != config.transform:
+        raise RegrowError(f"sparsify={config.sparsify!r} needs that method, not {method.name!r}")
+    if method.pattern is not None and config.density is not None:
+        n, m = method.pattern
+        raise RegrowError(f"sparsify={config.sparsify!r} keeps {n} of every {m} weights; drop --density")
+    encoder = f"*{ENCODER}"
+    if method.frozen:
+        for part in (model.base_model.embeddings, model.base_model.encoder):
+            part.requires_grad_(False)
+    transform_linears(
+        model, method, density=config.density, block_size=config.block_size, include=encoder, seed=config.seed
+    )
+
+
 def _moving(config: FinetuneConfig, method: Method) -> Method | None:
     """The method by which the pattern moves, if it does."""
+    if config.transform is not None:
+        return method
     if config.density is not None and config.sparsify == "gradual":
         return create("gmp", final_density=config.density)
     return method if config.topology == "dynamic" else None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from regrow.bert.options import TrainingOptions
 from regrow.bert.tasks.task import task_named
 from regrow.errors import RegrowError
+from regrow.methods import WeightTransform, available, method_class
 from regrow.topology.distribution import check_density
 from regrow.training import UpdateSchedule
 from regrow.training.finite import OnNonfinite
@@ -49,8 +50,11 @@ class FinetuneConfig(TrainingOptions):
         None, "make a dense model so sparse, keeping the strongest blocks; a sparse one has its density"
     )
     block_size: int = _option(16, "edge of a block for --density: 1, 4, 8, 16, 32 or 64")
-    sparsify: Literal["oneshot", "gradual"] = _option(
-        "oneshot", "reach --density before training, or from all blocks along a cubic over three quarters of it (gmp)"
+    sparsify: str = _option(
+        "oneshot",
+        "how a dense model becomes sparse: oneshot reaches --density before training, gradual from all blocks along a "
+        "cubic over three quarters of it (gmp); or a method that transforms dense weights, as srste or maskllm, whose "
+        "options are listed below",
     )
     method: str = _option("dynsparse", "how the pattern moves with --topology dynamic; its options are listed below")
     epochs: float = _option(3.0, "passes over the training examples")
@@ -91,6 +95,7 @@ class FinetuneConfig(TrainingOptions):
         """Raise :class:`RegrowError` for a value no run can use, before anything is read or written."""
         if not 0 < self.epochs < 1e6:
             raise RegrowError(f"epochs must be positive, got {self.epochs}")
+        self._check_transform()
         if self.density is not None:
             check_density(self.density)
         elif self.sparsify == "gradual":
@@ -106,6 +111,25 @@ class FinetuneConfig(TrainingOptions):
             task_named(self.task, self.columns, self.label_column)
         elif self.text_columns or self.label_column:
             raise RegrowError("text_columns and label_column are for --task classification or regression, not squad")
+
+    @property
+    def transform(self) -> str | None:
+        """The method that transforms the weights of a dense model, if ``sparsify`` names one."""
+        return None if self.sparsify in ("oneshot", "gradual") else self.sparsify
+
+    def _check_transform(self) -> None:
+        if self.transform is None:
+            if self.topology == "dynamic" and method_class(self.method).dense_layout:
+                raise RegrowError(
+                    f"method {self.method!r} trains dense weights, and topology='dynamic' moves blocks of a sparse "
+                    "model; choose another method"
+                )
+            return
+        known = [name for name in available() if issubclass(method_class(name), WeightTransform)]
+        if self.transform not in known:
+            raise RegrowError(f"sparsify must be oneshot, gradual or one of {', '.join(known)}, got {self.sparsify!r}")
+        if self.topology != "fixed":
+            raise RegrowError(f"sparsify={self.sparsify!r} is for dense weights; drop --topology {self.topology}")
 
     def schedule_over(self, steps: int) -> UpdateSchedule:
         """As in every training, but gradual pruning takes at least 20 steps down where there are so many."""

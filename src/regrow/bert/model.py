@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 
 from regrow.bert.fused import Fusions, fuse
 from regrow.bert.masking import IGNORE
-from regrow.nn import mask_linears, named_sparse_layers, sparsify
+from regrow.methods import WeightTransform
+from regrow.nn import mask_linears, named_sparse_layers, sparsify, transform_linears
 from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.options import LayerOption
 from regrow.nn.replace import DEFAULT, built_places
@@ -100,12 +101,14 @@ def build_model(
     fusions: Fusions | None = None,
     masked: bool = False,
     layer: str | LayerOption = DEFAULT,
+    transform: WeightTransform | None = None,
     seed: int = 0,
 ) -> BertForPreTraining:
     """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
 
-    With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`. ``layer``
-    says what stands in the place of an encoder's linear layers, as in :func:`regrow.sparsify`.
+    With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`;
+    with a ``transform`` it has dense :class:`~regrow.nn.TransformedLinear`, and the density is what is to be left.
+    ``layer`` says what stands in the place of an encoder's linear layers, as in :func:`regrow.sparsify`.
 
     The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
     taken for what is left. ``density=None`` gives the dense baseline. By default all its operations are fused (see
@@ -115,7 +118,7 @@ def build_model(
         model = BertForPreTraining(config)
     if density is not None and masked:
         mask_linears(model, density=density, block_size=block_size, include=ENCODER)
-    elif density is not None:
+    elif density is not None and transform is None:
         sparsify(
             model,
             density=density,
@@ -130,6 +133,8 @@ def build_model(
             module.to_empty(device="cpu", recurse=False)
     model.tie_weights()
     model.initialize_weights()
+    if density is not None and transform is not None:  # which begins with weights
+        transform_linears(model, transform, density=density, block_size=block_size, include=ENCODER, seed=seed)
     return fuse(model, fusions)
 
 

@@ -31,8 +31,8 @@ from regrow.bert.tokenizer import TOKENIZER_FORMAT, load_tokenizer, train_wordpi
 from regrow.bert.trainer import PretrainingTrainer
 from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
-from regrow.methods import Method
-from regrow.nn import density_of, named_sparse_layers
+from regrow.methods import Method, WeightTransform
+from regrow.nn import density_of, harden, named_sparse_layers
 from regrow.nn.linear import check_block_size
 from regrow.nn.options import LayerOption, create
 from regrow.nn.replace import DEFAULT
@@ -70,7 +70,9 @@ class PretrainConfig(TrainingOptions):
     )
     output: str = _option("runs/pretrain", "run directory; must be new or empty unless --resume")
     size: str = _option("tiny", "tiny, mini, small, medium, base, large, or LAYERS/HIDDEN/HEADS as 2/192/3")
-    density: float = _option(0.1, "share of encoder blocks that exist, in (0, 1]; 0.1 is 90%% sparse")
+    density: float = _option(
+        0.1, "share of encoder blocks that exist, in (0, 1]; 0.1 is 90%% sparse; n:m methods have their own"
+    )
     distribution: str = _option(
         "uniform", "how density varies over layers: uniform, er, erk, or GLOB=DENSITY,... of layer names"
     )
@@ -288,7 +290,9 @@ def pretrain(
         stop.restore()
         progress.close()
     finished = trainer.state.global_step >= config.steps
+    coverage = topology.updater.coverage if topology and topology.updater else None
     if finished:
+        harden(model)
         trainer.save_model(str(run.path))
     wait_for_all()  # for rank 0 to have written what is read now
     before, after = _evaluations(run, trainer.state.global_step)
@@ -298,11 +302,20 @@ def pretrain(
         step=trainer.state.global_step,
         before=before,
         after=after,
-        density=1.0 if dense_layout else density_of(layer for _, layer in named_sparse_layers(model)),
-        coverage=topology.updater.coverage if topology and topology.updater else None,
+        density=_density(config, method, model, coverage),
+        coverage=None if isinstance(method, WeightTransform) else coverage,
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
     )
+
+
+def _density(config: PretrainConfig, method: Method, model: BertForPreTraining, coverage: float | None) -> float:
+    """Share of the encoder's weights that are stored; or of those that are not zero, where a method transforms them."""
+    if isinstance(method, WeightTransform) and coverage is not None:
+        return coverage
+    if config.dense or method.dense_layout:
+        return 1.0
+    return density_of(layer for _, layer in named_sparse_layers(model))
 
 
 def _join(config: PretrainConfig) -> None:
@@ -409,7 +422,8 @@ def _model(config: PretrainConfig, method: Method, layer: LayerOption, vocab_siz
         block_size=config.block_size,
         distribution=config.densities,
         fusions=Fusions.named(config.fuse),
-        masked=method.dense_layout,
+        masked=method.dense_layout and not isinstance(method, WeightTransform),
+        transform=method if isinstance(method, WeightTransform) else None,
         layer=layer,
         seed=config.seed,
     )

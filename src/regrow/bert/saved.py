@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from regrow.bert.run import RunDirectory
 from regrow.errors import RegrowError
+from regrow.nn.layout import TRANSFORM, record_transform
 
 CONFIG_FILE = "config.json"
 
@@ -41,6 +43,8 @@ def load_saved(path: str | Path, model_class: Any = None, **changes: Any) -> Pre
         model_class: one of transformers' (Auto)classes; by default the one that was saved.
         changes: entries of the configuration to override.
 
+    Warns if these are the weights of a training under way whose method uses a transform of them.
+
     Raises:
         RegrowError: there is no model, its files are damaged, or transformers does not know its class.
     """
@@ -51,7 +55,7 @@ def load_saved(path: str | Path, model_class: Any = None, **changes: Any) -> Pre
     try:
         if model_class is None:
             model_class = _saved_class(AutoConfig.from_pretrained(folder), folder)
-        return model_class.from_pretrained(folder, use_safetensors=True, **changes).eval()
+        model = model_class.from_pretrained(folder, use_safetensors=True, **changes).eval()
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, RegrowError):
             raise
@@ -60,6 +64,14 @@ def load_saved(path: str | Path, model_class: Any = None, **changes: Any) -> Pre
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    if method := getattr(model.config, TRANSFORM, None):
+        warnings.warn(
+            f"{folder} is a checkpoint of a training with {method}: taken are its dense weights, of which the method "
+            "uses a transform; the finished run will hold that",
+            stacklevel=2,
+        )
+        record_transform(model, None)
+    return model
 
 
 def is_hub_name(path: str | Path) -> bool:

@@ -18,6 +18,10 @@ from regrow.nn import options as layers
 _DECLARING = ("regrow.topology", "regrow.optim", "regrow.bert", "regrow.study")
 """Rooms in which rules and tools are declared, beside their code; each is searched to the bottom."""
 _ALWAYS_SPARSE = "Always sparse: nothing of a dense weight's size or cost is ever computed."
+_CONTROLS = (
+    "They train dense weights at dense cost, and mask or transform them: nothing is saved here. What a transform leaves "
+    "may be an N:M pattern that other hardware can use."
+)
 _LAYERS = (
     "What stands in the place of a linear layer, `regrow pretrain --layer NAME` or `regrow.sparsify(model, ..., "
     "layer=NAME)`; any method may move its blocks. Those for feed-forward halves leave plain blocks elsewhere. Products: "
@@ -59,7 +63,7 @@ def sections() -> list[Section]:
             [entry(method) for method in moving.values()],
             {"looks at": lambda name: signals_of(moving[name]), "extra FLOPs": lambda name: extra_of(moving[name])},
         ),
-        Section("Controls over dense weights", "They train dense weights and mask them; nothing is saved.", dense),
+        Section("Controls over dense weights", _CONTROLS, dense),
         Section("Layers", _LAYERS, options, {"replaces": _replaces, "products": _products}),
         Section("Recipes", "Several trainings that together are one method.", entries("recipe")),
         Section("Rules", "How densities and learning rates are set.", entries("rule")),

@@ -16,6 +16,7 @@ COMMAND = TrainingCommand(
     "classes or scores in a CSV, TSV or JSON Lines file.",
     "regrow finetune --model runs/small --task sst2 --data glue/SST-2 --output runs/small-sst2",
     MAY_CHANGE,
+    method_flags=("sparsify", "method"),
 )
 
 

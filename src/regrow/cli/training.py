@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from regrow.bert.run import RunDirectory
 from regrow.cli.parser import OneLineParser
 from regrow.cli.sources import add_sources, flags_of_files, read_sources, refuse_changes, saved_flags, value_of
-from regrow.methods import method_class
+from regrow.methods import available, method_class
 from regrow.nn.options import layer_class
 from regrow.ranks import restarts
 from regrow.registry import refuse_clashes
@@ -28,6 +28,7 @@ class TrainingCommand:
         description, example: what ``--help`` teaches.
         may_change: options that a resumed run may be given anew.
         presets: whether regrow comes with configurations for it.
+        method_flags: what names the method whose options it takes; of several the first that names one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TrainingCommand:
     example: str
     may_change: Sequence[str]
     presets: bool = False
+    method_flags: Sequence[str] = ("method",)
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, Any, Any, bool]:
         """Configuration, method, layer option (None for a command without), and whether to resume.
@@ -66,12 +68,18 @@ class TrainingCommand:
         flags = [*saved_flags(run), *changes]
         return _parse(self._parser(flags), flags)[0]
 
+    def _method(self, flags: Sequence[str], defaults: Mapping[str, Any]) -> tuple[str, type]:
+        """The flag that names the method whose options are to be had, and that method."""
+        *first, last = ((flag, value_of(f"--{flag}", flags, default=defaults[flag])) for flag in self.method_flags)
+        flag, name = next(((flag, name) for flag, name in first if name in available()), last)
+        return flag, method_class(name)
+
     def _parser(self, flags: Sequence[str]) -> Any:
         """One that knows the options of the method and of the layer option that the flags name."""
-        default: dict[str, Any] = {field.name: field.default for field in fields(self.config)}
-        parts: dict[str, type] = {"method": method_class(value_of("--method", flags, default=default["method"]))}
-        if "layer" in default:
-            parts["layer"] = layer_class(value_of("--layer", flags, default=default["layer"]))
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self.config)}
+        parts: dict[str, type] = dict([self._method(flags, defaults)])
+        if "layer" in defaults:
+            parts["layer"] = layer_class(value_of("--layer", flags, default=defaults["layer"]))
             refuse_clashes(self.config, *parts.values())
         parser_class: Any = type("TrainingParser", (OneLineParser, HfArgumentParser), {})
         parser = parser_class(

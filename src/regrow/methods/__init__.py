@@ -2,6 +2,7 @@
 
 from regrow.methods.base import DenseLayoutMethod, LayerSize, Method, available, create, method_class, register
 from regrow.methods.signals import Gradient, Signals
+from regrow.methods.transform import WeightTransform
 
 __all__ = [
     "DenseLayoutMethod",
@@ -9,6 +10,7 @@ __all__ = [
     "LayerSize",
     "Method",
     "Signals",
+    "WeightTransform",
     "available",
     "create",
     "method_class",

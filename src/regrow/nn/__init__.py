@@ -10,6 +10,7 @@ from regrow.nn.merged import merged_linear
 from regrow.nn.norm import DropoutAddNorm, dropout, dropout_add_norm
 from regrow.nn.sparse_attention import sparse_attention
 from regrow.nn.sparsify import densify, density_of, named_sparse_layers, sparsify
+from regrow.nn.transformed import TransformedLinear, harden, named_transformed_layers, transform_linears
 
 __all__ = [
     "BLOCK_SIZES",
@@ -17,16 +18,20 @@ __all__ = [
     "DropoutAddNorm",
     "GatheredLinear",
     "MaskedLinear",
+    "TransformedLinear",
     "attention",
     "densify",
     "density_of",
     "dropout",
     "dropout_add_norm",
+    "harden",
     "linear_cross_entropy",
     "mask_linears",
     "merged_linear",
     "named_sparse_layers",
+    "named_transformed_layers",
     "sparse_attention",
     "sparse_ffn",
     "sparsify",
+    "transform_linears",
 ]

@@ -101,8 +101,9 @@ def count_flops(
     .. math:: forward = 4\,B L^2 a, \qquad input\ gradient = 8\,B L^2 a
 
     Not products, so 0: look-ups, biases, norms, activations, softmax, dropout, losses, gradient clipping, and the
-    comparisons of a topology update. A frozen weight has no weight gradient; a layer has no input gradient if nothing
-    registered before it is trained. Every sequence is full, every layer runs once a step.
+    comparisons of a topology update. A frozen weight has no weight gradient, unless a mask of it is learned; a layer
+    has no input gradient if nothing registered before it is trained. Every sequence is full, every layer runs once a
+    step.
 
     ``convention="paper"`` counts what Dietrich et al. do, the encoder's layers and attention alone, without embeddings
     and heads: a sequence takes
@@ -246,7 +247,9 @@ def _layer(
 ) -> LayerFlops:
     weight = module.values if isinstance(module, BlockSparseLinear) else module.weight
     flops = 2 * rows * weight.numel()
-    counted = Flops(flops, flops * with_input, flops * (every_gradient or weight.requires_grad))
+    # Of a learned mask the logits train; their gradient takes that of the weight, which itself may be frozen.
+    trained = any(p.requires_grad for own, p in module.named_parameters(recurse=False) if own != "bias")
+    counted = Flops(flops, flops * with_input, flops * (every_gradient or trained))
     return LayerFlops(name, role.part, rows, weight.numel(), module.in_features * module.out_features, counted)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "regrow"
 FORMAT_VERSION, FORMAT_OF_OPTIONS = 1, 2
+TRANSFORM = "regrow_transform"
+"""Entry of ``model.config`` while a method transforms the dense weights: they alone are not what is evaluated."""
 
 
 def record_layout(model: nn.Module, layers: Mapping[str, BlockSparseLinear]) -> None:
@@ -87,3 +89,12 @@ def _entry(module: Any, built: Built) -> dict[str, Any] | None:
         "density": built.density,
         **({"numbers": numbers} if numbers else {}),
     }
+
+
+def record_transform(model: nn.Module, name: str | None) -> None:
+    """Write into ``model.config`` that the method ``name`` transforms its weights; ``None`` removes it."""
+    config = getattr(model, "config", None)
+    if config is not None and name is not None:
+        setattr(config, TRANSFORM, name)
+    elif config is not None and TRANSFORM in vars(config):
+        delattr(config, TRANSFORM)

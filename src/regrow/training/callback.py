@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from regrow.errors import RegrowError
-from regrow.methods import DenseLayoutMethod, Method, create
+from regrow.methods import DenseLayoutMethod, Method, WeightTransform, create
 from regrow.ranks import world_size
 from regrow.shards import is_sharded
 from regrow.training.checkpoint import TOPOLOGY_FILE, load_tensors
@@ -19,6 +19,7 @@ from regrow.training.ddp import keep_indices_local
 from regrow.training.masked import MaskedTraining
 from regrow.training.metrics import UpdateRecord
 from regrow.training.schedule import Decay, UpdateSchedule
+from regrow.training.transformed import TransformedTraining
 from regrow.training.updater import TopologyUpdater, check_shardable
 
 
@@ -27,6 +28,9 @@ class RegrowCallback(TrainerCallback):
 
     ``Trainer(..., callbacks=[RegrowCallback(n_updates=40)])`` is all a training script needs. The updater's state
     travels in every checkpoint and is restored on resume. Started by ``torchrun``, every rank makes the same updates.
+
+    Methods on dense weights want layers of their own, by :func:`regrow.nn.mask_linears` or
+    :func:`regrow.nn.transform_linears`; of the latter :func:`regrow.nn.harden` makes ordinary ones after training.
 
     Args:
         method: a name from ``regrow.methods.available()`` or a :class:`~regrow.methods.Method`.
@@ -66,7 +70,7 @@ class RegrowCallback(TrainerCallback):
             stop=stop,
         )
         self.seed, self.on_update = seed, on_update
-        self.updater: TopologyUpdater | MaskedTraining | None = None
+        self.updater: TopologyUpdater | MaskedTraining | TransformedTraining | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if world_size() > 1:
@@ -78,15 +82,19 @@ class RegrowCallback(TrainerCallback):
         _check_together(args)
         schedule = self.schedule(state.max_steps)
         model, method = kwargs["model"], create(self.method) if isinstance(self.method, str) else self.method
+        if method.dense_layout and is_sharded(model):
+            check_shardable(method)
         if isinstance(method, DenseLayoutMethod):
-            if is_sharded(model):
-                check_shardable(method)
             self.updater = MaskedTraining(model, method, schedule=schedule, seed=self.seed)
-            if state.global_step == 0:
-                self.updater.start()
+        elif isinstance(method, WeightTransform):
+            passes = args.gradient_accumulation_steps
+            self.updater = TransformedTraining(model, method, schedule=schedule, seed=self.seed, backward_passes=passes)
         else:
             self.updater = TopologyUpdater(model, kwargs["optimizer"], method, schedule=schedule, seed=self.seed)
-        if state.global_step > 0:
+        if state.global_step == 0:
+            if not isinstance(self.updater, TopologyUpdater):
+                self.updater.start()
+        else:
             checkpoint = _checkpoint_folder(args, state)
             tensors = load_tensors(checkpoint / TOPOLOGY_FILE)
             try:

@@ -247,6 +247,16 @@ def wrong_history(
     return None
 
 
+def wrong_transform_state(state: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with any state of a transformed layer; the method knows the rest.
+
+    >>> wrong_transform_state({"logits": torch.tensor([0.0, float("nan")])})
+    'logits holds NaN or infinity'
+    """
+    odd = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    return f"{odd[0]} holds NaN or infinity" if odd else None
+
+
 def wrong_trainer_state(saved: Mapping[str, Any], step: int | None, arguments: TrainingArguments) -> str | None:
     """What of ``trainer_state.json`` is no state of this run after ``step`` steps; the Trainer believes all of it."""
     usual = vars(TrainerState())

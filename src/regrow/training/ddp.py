@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from regrow.nn import MaskedLinear
+from regrow.nn import MaskedLinear, TransformedLinear
 from regrow.nn.replace import dense_elements
 from regrow.ranks import world_size
 from regrow.topology import BlockTopology
@@ -27,7 +27,7 @@ def keep_indices_local(model: nn.Module) -> None:
     names = {
         f"{name}.{buffer}"
         for name, module in model.named_modules()
-        if isinstance(module, (BlockTopology, MaskedLinear))
+        if isinstance(module, (BlockTopology, MaskedLinear, TransformedLinear))
         for buffer, _ in module.named_buffers(recurse=False)
     }
     names |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))

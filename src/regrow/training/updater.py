@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrow.errors import RegrowError
-from regrow.methods import Gradient, Method, Signals, create
+from regrow.methods import Gradient, Method, Signals, WeightTransform, create
 from regrow.nn import BlockSparseLinear, named_sparse_layers
 from regrow.nn.layout import record_layout
 from regrow.nn.options import Composite
@@ -301,6 +301,8 @@ def check_shardable(method: Method) -> None:
     """Raise :class:`RegrowError` if parameters cannot be shared out between updates of this method."""
     if method.dense_layout or method.resizes:
         why = "masks dense weights" if method.dense_layout else "changes how many blocks a layer has"
+        if isinstance(method, WeightTransform):
+            why = "transforms dense weights"
         raise RegrowError(
             f"method {method.name!r} {why}, which parameters that are shared out cannot follow; train it with "
             "DistributedDataParallel (--parallel ddp), or choose another method"
