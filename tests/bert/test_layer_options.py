@@ -254,7 +254,7 @@ def test_what_cannot_be_done_says_so(tmp_path: Path) -> None:
     with pytest.raises(RegrowError, match="prepare needs all six layers sparse"):
         prepare(bert("lowrank").eval())
     bert("parallel").save_pretrained(tmp_path / "parallel")
-    with pytest.raises(RegrowError, match="which no nn.Linear of 64 -> 256 can stand for"):
+    with pytest.raises(RegrowError, match=r"which no nn\.Linear of 64 -> 256 can stand for"):
         export_dense(tmp_path / "parallel", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
