@@ -14,10 +14,10 @@ after every optimizer step (Sinkhorn) bring it back to that. Such a matrix is a 
 
 .. math:: penalty = \\sum_{rows} (\\|m\\|_1 - \\|m\\|_2) + \\sum_{columns} (\\|m\\|_1 - \\|m\\|_2)
 
-is zero. ``penalty`` times its gradient is added to that of ``M`` in every backward pass, and of both the part that would
-change those sums is left out (of the 1-norms, all). Once the penalty per row is below ``threshold``, or a share
-``harden_by`` of training is over, ``M`` becomes the permutation nearest to it, an index gather, and is given up with its
-optimizer state. Until then the layer costs ``in^2`` multiplications a token more than its blocks: it is then *not*
+is zero. ``penalty`` times its gradient is added to that of ``M`` in every backward pass, and of both the part that
+would change those sums is left out (of the 1-norms, all). Once the penalty per row is below ``threshold``, or a share
+``harden_by`` of training is over, ``M`` becomes the permutation nearest to it, an index gather, and is given up with
+its optimizer state. Until then the layer costs ``in^2`` multiplications a token more than its blocks: it is then *not*
 sparse. It takes a :class:`~regrow.TopologyUpdater` (so also ``regrow pretrain`` and the Trainer callback, with any
 method) to see to that.
 
