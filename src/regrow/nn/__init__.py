@@ -7,6 +7,7 @@ from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.masked import MaskedLinear, mask_linears
 from regrow.nn.merged import merged_linear
 from regrow.nn.norm import DropoutAddNorm, dropout, dropout_add_norm
+from regrow.nn.spark import SparkFFN, statistical_top_k
 from regrow.nn.sparse_attention import sparse_attention
 from regrow.nn.sparsify import densify, density_of, named_sparse_layers, sparsify
 
@@ -15,6 +16,7 @@ __all__ = [
     "BlockSparseLinear",
     "DropoutAddNorm",
     "MaskedLinear",
+    "SparkFFN",
     "attention",
     "densify",
     "density_of",
@@ -27,4 +29,5 @@ __all__ = [
     "sparse_attention",
     "sparse_ffn",
     "sparsify",
+    "statistical_top_k",
 ]
