@@ -18,9 +18,9 @@ from regrow.bert.model import ENCODER as ENCODER_LAYERS
 from regrow.bert.model import BertForPreTraining
 from regrow.nn import BlockSparseLinear
 from regrow.nn.flops_family import ENCODER, Costs, Family, Role, register_family
-from regrow.nn.linear import check_block_size
-from regrow.nn.sparsify import chosen_layers
-from regrow.topology import layer_densities
+from regrow.nn.options import LayerOption
+from regrow.nn.replace import DEFAULT
+from regrow.nn.sparsify import sparse_skeleton
 from regrow.topology.distribution import Distribution
 
 _SIDE_BY_SIDE = Role(ENCODER, beside=True)
@@ -97,11 +97,12 @@ def bert_skeleton(
     block_size: int,
     distribution: Distribution = "uniform",
     fusions: Fusions | None = None,
+    layer: str | LayerOption = DEFAULT,
 ) -> BertForPreTraining:
     """The model that :func:`regrow.bert.model.build_model` makes, without memory: on the meta device, to be counted.
 
     Args:
-        config, density, block_size, distribution, fusions: as there; ``density=None`` is dense.
+        config, density, block_size, distribution, fusions, layer: as there; ``density=None`` is dense.
 
     Raises:
         RegrowError: the block does not divide a layer, or a density is outside (0, 1].
@@ -118,22 +119,12 @@ def bert_skeleton(
     with torch.device("meta"):
         model = BertForPreTraining(config)
     if density is not None:
-        chosen = chosen_layers(model, ENCODER_LAYERS)
-        shapes = {name: _block_shape(layer, block_size) for name, layer in chosen.items()}
-        densities = layer_densities(shapes, density, distribution)
-        for name, dense in chosen.items():
-            sparse = BlockSparseLinear(
-                dense.in_features,
-                dense.out_features,
-                block_size=block_size,
-                density=densities[name],
-                bias=dense.bias is not None,
-                device="meta",
-            )
-            model.set_submodule(name, sparse)
+        sparse_skeleton(
+            model,
+            density=density,
+            block_size=block_size,
+            distribution=distribution,
+            layer=layer,
+            include=ENCODER_LAYERS,
+        )
     return fuse(model, fusions)
-
-
-def _block_shape(layer: nn.Linear, block_size: int) -> tuple[int, int]:
-    check_block_size(layer.in_features, layer.out_features, block_size)
-    return layer.out_features // block_size, layer.in_features // block_size

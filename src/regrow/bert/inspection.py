@@ -18,6 +18,7 @@ from regrow.bert.model import dense_bytes, stored_bytes
 from regrow.bert.run import CHECKPOINTS, TOPOLOGY_LOG, RunDirectory
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, density_of, named_sparse_layers
+from regrow.nn.replace import dense_elements
 from regrow.topology import ExploredPositions
 from regrow.training.checkpoint import TOPOLOGY_FILE, damaged, load_tensors
 from regrow.training.checks import header, is_count, is_number, wrong_counters, wrong_history
@@ -109,16 +110,14 @@ def inspect_model(
     """
     chosen = sparse_layers(model, layers)
     history = history or {}
-    every = [layer for _, layer in named_sparse_layers(model)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    absent = sum(layer.in_features * layer.out_features - layer.values.numel() for layer in every)
     named = tqdm(chosen.items(), desc="inspecting", leave=False, delay=2)  # a small model needs no bar
     return Inspection(
         model_class=type(model).__name__,
         layers=tuple(inspect_layer(name, layer, history.get(name)) for name, layer in named),
         density=density_of(chosen.values()),
         parameters=parameters,
-        dense_parameters=parameters + absent,
+        dense_parameters=dense_elements(model),
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
     )

@@ -20,6 +20,8 @@ from regrow.bert.fused import Fusions, fuse
 from regrow.bert.masking import IGNORE
 from regrow.nn import mask_linears, named_sparse_layers, sparsify
 from regrow.nn.loss import linear_cross_entropy
+from regrow.nn.options import LayerOption
+from regrow.nn.replace import DEFAULT, built_places
 from regrow.nn.tied import SharedGradient
 from regrow.topology.distribution import Distribution
 
@@ -97,11 +99,13 @@ def build_model(
     distribution: Distribution = "uniform",
     fusions: Fusions | None = None,
     masked: bool = False,
+    layer: str | LayerOption = DEFAULT,
     seed: int = 0,
 ) -> BertForPreTraining:
     """A freshly initialised model; with a ``density`` its encoder is sparse from the start and never dense.
 
-    With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`.
+    With ``masked`` it is dense, and the density is that of the masks in :class:`~regrow.nn.MaskedLinear`. ``layer``
+    says what stands in the place of an encoder's linear layers, as in :func:`regrow.sparsify`.
 
     The skeleton is laid out on the meta device, its linear layers are replaced there, and only then is memory
     taken for what is left. ``density=None`` gives the dense baseline. By default all its operations are fused (see
@@ -112,7 +116,15 @@ def build_model(
     if density is not None and masked:
         mask_linears(model, density=density, block_size=block_size, include=ENCODER)
     elif density is not None:
-        sparsify(model, density=density, block_size=block_size, distribution=distribution, include=ENCODER, seed=seed)
+        sparsify(
+            model,
+            density=density,
+            block_size=block_size,
+            distribution=distribution,
+            layer=layer,
+            include=ENCODER,
+            seed=seed,
+        )
     for module in model.modules():
         if any(tensor.is_meta for tensor in [*module.parameters(False), *module.buffers(False)]):
             module.to_empty(device="cpu", recurse=False)
@@ -130,7 +142,15 @@ def stored_bytes(model: nn.Module) -> int:
 def dense_bytes(model: nn.Module) -> int:
     """Bytes the same model takes when every sparse layer is an ``nn.Linear``."""
     excess = 0
+    inside: set[int] = set()
+    for _, module, built in built_places(model):
+        tensors = module.state_dict().values()
+        size = next(module.parameters()).element_size()
+        excess += built.dense_elements * size - sum(t.numel() * t.element_size() for t in tensors)
+        inside |= {id(part) for part in module.modules()}
     for _, layer in named_sparse_layers(model):
+        if id(layer) in inside:
+            continue
         topology = sum(t.numel() * t.element_size() for t in layer.topology.state_dict().values())
         stored = layer.values.numel() * layer.values.element_size() + topology
         excess += layer.in_features * layer.out_features * layer.values.element_size() - stored

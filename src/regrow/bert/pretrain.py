@@ -33,6 +33,8 @@ from regrow.errors import RegrowError
 from regrow.methods import Method
 from regrow.nn import density_of, named_sparse_layers
 from regrow.nn.linear import check_block_size
+from regrow.nn.options import LayerOption, create
+from regrow.nn.replace import DEFAULT
 from regrow.optim import AdamW, parameter_groups, supar_init_factor
 from regrow.optim.groups import LrScope
 from regrow.optim.lr_rules import LrRule
@@ -73,6 +75,9 @@ class PretrainConfig(TrainingOptions):
     )
     block_size: int = _option(16, "edge of a block: 1, 4, 8, 16, 32 or 64")
     method: str = _option("dynsparse", "how the pattern moves; its own options are listed below")
+    layer: str = _option(
+        DEFAULT, "what stands in the place of a linear layer (docs/layers.md); its own options are listed below"
+    )
     dense: bool = _option(False, "train the ordinary dense model instead: the baseline to compare with")
     steps: int = _option(1000, "optimizer steps")
     batch_size: int = _option(
@@ -200,13 +205,19 @@ class PretrainResult:
 
 
 def pretrain(
-    config: PretrainConfig, method: Method, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+    config: PretrainConfig,
+    method: Method,
+    *,
+    layer: LayerOption | None = None,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PretrainResult:
     """Run a pre-training to its end, or until it is interrupted.
 
     Args:
         config: see the fields of :class:`PretrainConfig`.
         method: the sparse-training method, as ``regrow.methods.create(config.method)`` makes it.
+        layer: what stands in the place of linear layers; by default ``config.layer`` with its default options.
         resume: continue the run in ``config.output`` from its newest checkpoint, or from the start if it has none yet.
         callbacks: more of transformers' callbacks; they see the model after an update.
 
@@ -217,6 +228,7 @@ def pretrain(
             share a batch evenly. An existing run is never overwritten.
     """
     config.check()
+    layer = _layer(config, method, layer)
     _join(config)
     run = RunDirectory(config.output)
     checkpoint = run.last_checkpoint() if resume else None
@@ -227,7 +239,7 @@ def pretrain(
     with first_on_each_machine():
         tokenizer = _tokenizer(config) if checkpoint is None else load_tokenizer(run.path)
         train, heldout = _data(config, tokenizer)
-    model = _model(config, method, len(tokenizer))
+    model = _model(config, method, layer, len(tokenizer))
     dense_layout = config.dense or method.dense_layout
     optimizer = _optimizer(config, method, model)
     if not config.dense:  # refuse now what the first update would
@@ -235,7 +247,7 @@ def pretrain(
         if config.parallel == "fsdp":
             check_shardable(method)
     if not resume:
-        run.create(asdict(config) | asdict(method))  # type: ignore[call-overload]
+        run.create(asdict(config) | asdict(method) | asdict(layer))  # type: ignore[call-overload]
     if checkpoint is None and rank() == 0:
         with writing(f"the run directory {run.path}", "choose another --output"):
             tokenizer.save_pretrained(run.path)
@@ -371,7 +383,16 @@ def _data(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[P
     return stream, splits.heldout.first(config.eval_sequences)
 
 
-def _model(config: PretrainConfig, method: Method, vocab_size: int) -> BertForPreTraining:
+def _layer(config: PretrainConfig, method: Method, layer: LayerOption | None) -> LayerOption:
+    layer = create(config.layer) if layer is None else layer
+    if layer.name != config.layer:
+        raise RegrowError(f"layer is {layer.name!r}, but the configuration says {config.layer!r}; make them agree")
+    if layer.name != DEFAULT and method.dense_layout and not config.dense:
+        raise RegrowError(f"method {method.name!r} masks dense layers, which layer={layer.name!r} are not; choose one")
+    return layer
+
+
+def _model(config: PretrainConfig, method: Method, layer: LayerOption, vocab_size: int) -> BertForPreTraining:
     set_seed(config.seed)
     bert = bert_config(config.size, vocab_size=vocab_size, max_length=config.max_length, dropout=config.dropout)
     density = None if config.dense else config.density
@@ -382,11 +403,12 @@ def _model(config: PretrainConfig, method: Method, vocab_size: int) -> BertForPr
         distribution=config.densities,
         fusions=Fusions.named(config.fuse),
         masked=method.dense_layout,
+        layer=layer,
         seed=config.seed,
     )
     if config.lr_rule == "supar":
-        for _, layer in named_sparse_layers(model):
-            layer.values.data *= supar_init_factor(layer.density, config.width_ratio)
+        for _, sparse in named_sparse_layers(model):
+            sparse.values.data *= supar_init_factor(sparse.density, config.width_ratio)
     return model
 
 

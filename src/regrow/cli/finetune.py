@@ -20,7 +20,7 @@ COMMAND = TrainingCommand(
 
 
 def run(argv: Sequence[str]) -> int:
-    config, method, resume = COMMAND.parse(argv)
+    config, method, _, resume = COMMAND.parse(argv)
     result = finetune(config, method, resume=resume)
     print(_describe(result))
     return 0 if result.finished else INTERRUPTED

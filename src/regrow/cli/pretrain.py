@@ -20,8 +20,8 @@ COMMAND = TrainingCommand(
 
 
 def run(argv: Sequence[str]) -> int:
-    config, method, resume = COMMAND.parse(argv)
-    result = pretrain(config, method, resume=resume)
+    config, method, layer, resume = COMMAND.parse(argv)
+    result = pretrain(config, method, layer=layer, resume=resume)
     if rank() == 0:
         print(_describe(result))
     leave()

@@ -6,13 +6,9 @@ A method is a frozen dataclass in one file. Its fields are its options; its func
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +16,7 @@ from torch import Tensor
 from regrow.errors import RegrowError
 from regrow.methods.signals import Signals
 from regrow.nn.flops import LayerSize
+from regrow.registry import Registry
 from regrow.topology import BlockTopology, TopologyUpdate
 
 ENTRY_POINT_GROUP = "regrow.methods"
@@ -116,32 +113,8 @@ class DenseLayoutMethod(Method):
         raise RegrowError(f"{self.name} trains dense layers; it cannot move the blocks of a sparse one")
 
 
-M = TypeVar("M", bound=type[Method])
-_REGISTRY: dict[str, type[Method]] = {}
-
-
-def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method available under ``name``.
-
-    Raises:
-        RegrowError: the class is no frozen dataclass, a field lacks a default, or the name is taken.
-    """
-
-    def decorate(cls: M) -> M:
-        parameters = getattr(cls, "__dataclass_params__", None)
-        if parameters is None or not parameters.frozen:
-            raise RegrowError(f"method {name!r}: {cls.__name__} must be a dataclass(frozen=True)")
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise RegrowError(f"method {name!r}: field {field.name!r} needs a default")
-        known = _REGISTRY.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise RegrowError(f"method {name!r} is registered twice, by {known.__module__} and {cls.__module__}")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return decorate
+_REGISTRY: Registry[Method] = Registry("method", __package__, ENTRY_POINT_GROUP)
+register = _REGISTRY.register
 
 
 def available() -> list[str]:
@@ -151,8 +124,7 @@ def available() -> list[str]:
         >>> {"dynsparse", "static"} <= set(available())
         True
     """
-    _discover()
-    return sorted(_REGISTRY)
+    return _REGISTRY.available()
 
 
 def method_class(name: str) -> type[Method]:
@@ -161,9 +133,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         RegrowError: unknown name; the message lists the known ones.
     """
-    if name not in available():
-        raise RegrowError(f"unknown method {name!r}; choose one of {', '.join(available())}")
-    return _REGISTRY[name]
+    return _REGISTRY.find(name)
 
 
 def create(name: str, **options: Any) -> Method:
@@ -176,18 +146,4 @@ def create(name: str, **options: Any) -> Method:
         >>> create("dynsparse", norm="l2").norm
         'l2'
     """
-    cls = method_class(name)
-    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for option in options:
-        if option not in fields:
-            known = ", ".join(fields) or "none"
-            raise RegrowError(f"method {name!r} has no option {option!r}; its options: {known}")
-    return cls(**options)
-
-
-def _discover() -> None:
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__, __package__ + "."):
-        importlib.import_module(module.name)
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        entry.load()
+    return _REGISTRY.create(name, **options)

@@ -29,6 +29,7 @@ from regrow.nn.flops_family import (
 )
 from regrow.nn.flops_report import Convention, Flops, FlopsReport, LayerFlops, NotCounted, UpdateFlops
 from regrow.nn.linear import BlockSparseLinear
+from regrow.nn.options import Composite, DenseFactor
 
 ADAMW_FLOPS = 14
 """Of one step of one weight: decay 1, first moment 3, second moment 4, denominator 3, step 3; a root counts as one."""
@@ -192,15 +193,30 @@ def _costs(
             yield module, LayerFlops(name, ATTENTION, tokens, 0, 0, Flops(flops, 2 * flops * needed, 0))
         elif isinstance(module, nn.Embedding):
             yield module, LayerFlops(name, EMBEDDINGS, batch_size * per_sequence["tokens"], 0, 0, Flops())
-        elif isinstance(module, nn.Linear | BlockSparseLinear):
+        elif isinstance(module, nn.Linear | BlockSparseLinear | DenseFactor):
             place, role = role_of(modules, name)
             globs = [glob for glob in given if fnmatchcase(name, glob)]
             unused -= set(globs[:1])
             rows = batch_size * (given[globs[0]] if globs else per_sequence[role.rows])
-            with_input = every_gradient or trained.reaches(place, role)
+            whole, reads_sibling = _whole(modules, name)
+            with_input = every_gradient or trained.reaches(place if place != name else whole, role)
+            if reads_sibling:
+                with_input = with_input or trained.within(whole, name)
             yield module, _layer(name, module, role, rows, with_input, every_gradient)
     if unused:
         raise RegrowError(f"rows[{min(unused)!r}] matches no layer that an earlier glob has not taken")
+
+
+def _whole(modules: Mapping[str, nn.Module], name: str) -> tuple[str, bool]:
+    """The layer that a matrix is part of, and whether it reads what another part made of that layer's input."""
+    place, reads_sibling = name, False
+    while place:
+        parent, _, child = place.rpartition(".")
+        outer = modules[parent]
+        if isinstance(outer, Composite):
+            name, reads_sibling = parent, reads_sibling or child in outer.inner
+        place = parent
+    return name, reads_sibling
 
 
 def _inside_out(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -214,7 +230,12 @@ def _inside_out(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[
 
 
 def _layer(
-    name: str, module: nn.Linear | BlockSparseLinear, role: Role, rows: int, with_input: bool, every_gradient: bool
+    name: str,
+    module: nn.Linear | BlockSparseLinear | DenseFactor,
+    role: Role,
+    rows: int,
+    with_input: bool,
+    every_gradient: bool,
 ) -> LayerFlops:
     weight = module.values if isinstance(module, BlockSparseLinear) else module.weight
     flops = 2 * rows * weight.numel()
@@ -228,11 +249,13 @@ class _Trained:
     def __init__(self, model: nn.Module) -> None:
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
+        self.trained: list[int] = []
         self.earliest: int | None = None
         self.modules = list(model.named_modules())
         for position, (path, parameter) in enumerate(model.named_parameters(remove_duplicate=False)):
-            if parameter.requires_grad and self.earliest is None:
-                self.earliest = position
+            if parameter.requires_grad:
+                self.trained.append(position)
+                self.earliest = self.trained[0]
             while path:
                 path = path.rpartition(".")[0]
                 self.first.setdefault(path, position)
@@ -248,6 +271,10 @@ class _Trained:
                 return self.up_to(read[-1])
         start = self.first[name.rpartition(".")[0] if role.beside else name]
         return self.earliest is not None and self.earliest < start
+
+    def within(self, name: str, part: str) -> bool:
+        """Whether something in a module that is registered before a part of it is trained."""
+        return any(self.first[name] <= position < self.first[part] for position in self.trained)
 
     def up_to(self, name: str) -> bool:
         return self.earliest is not None and self.earliest <= self.last[name]
@@ -268,7 +295,7 @@ def _updates(costs: Costs, method: UpdateRule, schedule: Schedule) -> UpdateFlop
 
 
 def _not_counted(model: nn.Module) -> Iterator[NotCounted]:
-    known = nn.Linear, BlockSparseLinear, nn.Embedding, *_WITHOUT_PRODUCTS
+    known = nn.Linear, BlockSparseLinear, DenseFactor, nn.Embedding, *_WITHOUT_PRODUCTS
     for name, module in model.named_modules():
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if parameters and not isinstance(module, known) and not has_no_product(module):

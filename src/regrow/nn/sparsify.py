@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from regrow.errors import RegrowError
 from regrow.nn.layout import record_layout
 from regrow.nn.linear import BlockSparseLinear, check_block_size
+from regrow.nn.options import LayerOption, Place, create
+from regrow.nn.replace import DEFAULT, built_places, replace_layers, replace_module
 from regrow.nn.speed import known_speeds
 from regrow.topology import BlockTopology, layer_densities
 from regrow.topology.distribution import Distribution
@@ -21,6 +23,8 @@ from regrow.topology.distribution import Distribution
 Model = TypeVar("Model", bound=nn.Module)
 Globs = str | Sequence[str]
 Init = Literal["truncated_normal", "keep", "magnitude"]
+_EXTRA = 2**40
+"""From the seed of patterns and blocks to that of all else."""
 
 
 def named_sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
@@ -50,12 +54,13 @@ def sparsify(
     include: Globs = "*",
     exclude: Globs = (),
     distribution: Distribution = "uniform",
+    layer: str | LayerOption = DEFAULT,
     init: Init = "truncated_normal",
     on_mismatch: Literal["error", "skip"] = "error",
     on_slow: Literal["ignore", "warn"] = "ignore",
     seed: int = 0,
 ) -> Model:
-    """Replace the chosen ``nn.Linear`` modules by :class:`BlockSparseLinear`, in place.
+    """Replace the chosen ``nn.Linear`` modules by :class:`BlockSparseLinear`, or what holds some, in place.
 
     Args:
         density: share of blocks that exist, in (0, 1].
@@ -64,9 +69,13 @@ def sparsify(
             replaced if any ``include`` and no ``exclude`` matches.
         distribution: how density varies over layers: ``"uniform"``, ``"er"``, ``"erk"``, or ``{glob: density}`` where
             ``density`` is that of the layers no glob matches. Q, K and V count as layers of their own.
+        layer: what stands in the place of a layer: a name from ``regrow.nn.options.available()``, with its default
+            options, or a :class:`~regrow.nn.options.LayerOption`. ``"blocks"`` is the sparse layer alone;
+            docs/layers.md has all. Options for feed-forward halves leave plain blocks elsewhere.
         init: ``"truncated_normal"`` draws a random pattern and new values as the paper does, with zero bias;
             ``"keep"`` draws a random pattern, and copies the bias and the dense weight's values there; ``"magnitude"``
-            copies the bias and the blocks with the greatest sums of absolute values: one-shot pruning.
+            copies the bias and the blocks with the greatest sums of absolute values: one-shot pruning. Both are for
+            ``layer="blocks"``.
         on_mismatch: a layer that the block does not divide is an error, or is left dense with one warning.
         on_slow: ``"warn"`` names the layers that ``regrow advise`` measured to be slower than dense here.
         seed: of patterns and values; the global random state is not touched.
@@ -89,36 +98,52 @@ def sparsify(
         raise RegrowError(f"init must be one of {', '.join(map(repr, get_args(Init)))}, got {init!r}")
     if on_slow not in ("ignore", "warn"):
         raise RegrowError(f"on_slow must be 'ignore' or 'warn', got {on_slow!r}")
+    option = create(layer) if isinstance(layer, str) else layer
+    if init != "truncated_normal" and option.name != DEFAULT:
+        raise RegrowError(f"init={init!r} is for layer='blocks'; layer={option.name!r} draws new values")
     chosen = chosen_layers(model, include, exclude)
     chosen = _divisible(chosen, block_size, on_mismatch)
     if not chosen:
         raise RegrowError(f"no nn.Linear matches include={include!r}, exclude={exclude!r}; nothing to sparsify")
     _refuse_shared(model, chosen)
-    shapes = {
-        name: (layer.out_features // block_size, layer.in_features // block_size) for name, layer in chosen.items()
-    }
-    densities = layer_densities(shapes, density, distribution)
+    densities = _densities(chosen, block_size, density, distribution)
     if on_slow == "warn":
         _warn_of_slow(chosen, block_size, densities)
-    generator = torch.Generator().manual_seed(seed)
-    for name, dense in chosen.items():
-        sparse = _replacement(dense, block_size, densities[name], generator)
-        if init == "magnitude":
-            sparse.topology = strongest_blocks(dense.weight, block_size, sparse.topology.n_blocks)
-        if init != "truncated_normal":
-            sparse.load_dense_(dense.weight)
-            if sparse.bias is not None:
-                sparse.bias.data.copy_(dense.bias)
-        model = replace_module(model, name, sparse)
+    places = _places(chosen, block_size, densities, seed)
+    model = replace_layers(model, chosen, places, option)
+    if init != "truncated_normal":
+        for name, dense in chosen.items():
+            _copy_values(dense, model.get_submodule(name), init)
     record_layout(model, dict(named_sparse_layers(model)))
     return model
 
 
+def sparse_skeleton(
+    model: Model,
+    *,
+    density: float,
+    block_size: int,
+    include: Globs = "*",
+    distribution: Distribution = "uniform",
+    layer: str | LayerOption = DEFAULT,
+) -> Model:
+    """:func:`sparsify` without memory: the new layers are on the meta device, to be counted.
+
+    Example:
+        >>> sparse_skeleton(nn.Sequential(nn.Linear(64, 64)), density=0.25, block_size=16)[0].values.is_meta
+        True
+    """
+    option = create(layer) if isinstance(layer, str) else layer
+    chosen = _divisible(chosen_layers(model, include), block_size, "error")
+    densities = _densities(chosen, block_size, density, distribution)
+    return replace_layers(model, chosen, _places(chosen, block_size, densities), option)
+
+
 def densify(model: Model) -> Model:
-    """Replace every :class:`BlockSparseLinear` by the ``nn.Linear`` of equal function, in place; absent = 0.
+    """Replace every sparse layer, of whatever option, by the ``nn.Linear`` of equal function, in place; absent = 0.
 
     Raises:
-        RegrowError: a layer has an activation.
+        RegrowError: a layer has an activation, or computes what no one dense matrix does; nothing has changed then.
 
     Example:
         >>> model = nn.Sequential(BlockSparseLinear(32, 32, block_size=16, density=0.5))
@@ -127,13 +152,24 @@ def densify(model: Model) -> Model:
         >>> torch.allclose(densify(model)(x), before, atol=1e-6), type(model[0]).__name__
         (True, 'Linear')
     """
-    layers = list(named_sparse_layers(model))
-    for name, sparse in layers:
-        if sparse.activation is not None:
+    layers: dict[str, Any] = {}
+    inside: set[int] = set()
+    for name, module, built in built_places(model):
+        if built.part != "single" or not getattr(module, "is_linear", True):
+            raise RegrowError(
+                f"{name} is of layer {built.option.name!r}, which no nn.Linear of {built.in_features} -> "
+                f"{built.out_features} can stand for"
+            )
+        layers[name] = module
+        inside |= {id(part) for part in module.modules()}
+    layers |= {name: layer for name, layer in named_sparse_layers(model) if id(layer) not in inside}
+    for name, sparse in layers.items():
+        if getattr(sparse, "activation", None) is not None:
             raise RegrowError(f"{name or 'the model'} has an activation, which nn.Linear has not; set it to None first")
-    for name, sparse in layers:
+    for name, sparse in layers.items():
         dense = nn.Linear(sparse.in_features, sparse.out_features, bias=sparse.bias is not None, device="meta")
-        dense.weight = nn.Parameter(sparse.to_dense(), requires_grad=sparse.values.requires_grad)
+        trained = any(p.requires_grad for part, p in sparse.named_parameters() if not part.endswith("bias"))
+        dense.weight = nn.Parameter(sparse.to_dense(), requires_grad=trained)
         if sparse.bias is not None:
             dense.bias = sparse.bias
         model = replace_module(model, name, dense.train(sparse.training))
@@ -217,26 +253,45 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
             raise RegrowError(f"{name}: its weight is tied to another module; leave it dense with exclude={name!r}")
 
 
-def _replacement(dense: nn.Linear, block_size: int, density: float, generator: torch.Generator) -> BlockSparseLinear:
-    sparse = BlockSparseLinear(
-        dense.in_features,
-        dense.out_features,
-        block_size=block_size,
-        density=density,
-        bias=dense.bias is not None,
-        generator=generator,
-        device="cpu",
-        dtype=dense.weight.dtype,
-    )
-    if not dense.weight.is_meta:  # a skeleton gets real sparse layers: so a model need never have been dense
-        sparse = sparse.to(dense.weight.device)
-    return sparse.train(dense.training)
+def _densities(
+    chosen: dict[str, nn.Linear], block_size: int, density: float, distribution: Distribution
+) -> dict[str, float]:
+    shapes = {
+        name: (layer.out_features // block_size, layer.in_features // block_size) for name, layer in chosen.items()
+    }
+    return layer_densities(shapes, density, distribution)
 
 
-def replace_module(model: Model, name: str, module: nn.Module) -> Model:
-    """Put ``module`` where ``name`` is; returns the model, which is ``module`` itself if ``name`` is empty."""
-    if not name:
-        return module  # type: ignore[return-value]
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-    return model
+def _places(
+    chosen: dict[str, nn.Linear], block_size: int, densities: dict[str, float], seed: int | None = None
+) -> dict[str, Place]:
+    """Where the chosen layers are, in numbers; without a seed for skeletons."""
+    generator = extra = None
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        extra = torch.Generator().manual_seed((seed + _EXTRA) % 2**63)
+    return {
+        name: Place(
+            dense.in_features,
+            dense.out_features,
+            dense.bias is not None,
+            block_size,
+            densities[name],
+            # a skeleton gets real sparse layers: so a model need never have been dense
+            device="meta" if seed is None else "cpu",
+            dtype=dense.weight.dtype,
+            generator=generator,
+            extra=extra,
+        )
+        for name, dense in chosen.items()
+    }
+
+
+@torch.no_grad()
+def _copy_values(dense: nn.Linear, sparse: nn.Module, init: str) -> None:
+    assert isinstance(sparse, BlockSparseLinear)
+    if init == "magnitude":
+        sparse.topology = strongest_blocks(dense.weight, sparse.block_size, sparse.topology.n_blocks)
+    sparse.load_dense_(dense.weight)
+    if sparse.bias is not None:
+        sparse.bias.copy_(dense.bias)

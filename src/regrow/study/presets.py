@@ -115,7 +115,7 @@ def tokens(run: RunSpec) -> int:
 
 
 def _flops(run: RunSpec) -> float:
-    return paper_flops(run.config)["train_paper"]
+    return paper_flops(run.config, run.layer)["train_paper"]
 
 
 def _check(document: Mapping[str, Any], known: tuple[str, ...], source: str) -> None:

@@ -22,6 +22,8 @@ from regrow.errors import RegrowError
 from regrow.methods import method_class
 from regrow.nn.flops import count_flops
 from regrow.nn.flops_family import ATTENTION, ENCODER
+from regrow.nn.options import LayerOption
+from regrow.nn.replace import DEFAULT
 
 FORMAT = 1
 POINTS = 200
@@ -171,13 +173,14 @@ def thinned(points: list[Any], most: int = POINTS) -> list[Any]:
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def paper_flops(config: PretrainConfig) -> dict[str, float]:
+def paper_flops(config: PretrainConfig, layer: LayerOption | None = None) -> dict[str, float]:
     """Non-embedding FLOPs as the paper counts them: of a sequence, and of the whole training.
 
     :func:`regrow.count_flops` counts the dense encoder. Its linears are then taken times the density, and all of it
     three times: forward and, by the paper's convention, twice as much backward. A density that moves (gmp), varies
     over layers or is not that of a whole number of blocks counts as the one that was asked for; updates of the pattern
-    are not counted. Masked dense weights (acdc) count in full.
+    are not counted. Masked dense weights (acdc) count in full. Of another ``layer`` than plain blocks every product is
+    counted, by whole blocks.
 
     Example:
         >>> f"{paper_flops(PretrainConfig(size='base', density=0.1))['per_sequence_paper']:.3g}"
@@ -188,6 +191,10 @@ def paper_flops(config: PretrainConfig) -> dict[str, float]:
     linears, attention = _dense_forward(config.size, config.max_length)
     density = 1.0 if config.dense or method_class(config.method).dense_layout else config.density
     sequence = 3.0 * (linears * density + attention)
+    if layer is not None and layer.name != DEFAULT and not config.dense:
+        sequence = _with_layer(
+            config.size, config.max_length, config.density, config.block_size, config.distribution, layer
+        )
     return {"per_sequence_paper": sequence, "train_paper": sequence * config.batch_size * config.steps}
 
 
@@ -198,6 +205,16 @@ def _dense_forward(size: str, length: int) -> tuple[int, int]:
     model = bert_skeleton(config, density=None, block_size=1)
     report = count_flops(model, batch_size=1, seq_length=length, convention="paper")
     return report.parts[ENCODER].forward, report.parts[ATTENTION].forward
+
+
+@cache
+def _with_layer(
+    size: str, length: int, density: float, block_size: int, distribution: str, layer: LayerOption
+) -> float:
+    config = bert_config(size, vocab_size=1, max_length=length)
+    densities = PretrainConfig(distribution=distribution).densities
+    model = bert_skeleton(config, density=density, block_size=block_size, distribution=densities, layer=layer)
+    return count_flops(model, batch_size=1, seq_length=length, convention="paper").per_sequence
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType, NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -22,13 +22,17 @@ from regrow.bert.sizes import size_named
 from regrow.bert.tokenizer import TOKENIZER_FORMAT
 from regrow.errors import RegrowError
 from regrow.methods import Method, method_class
+from regrow.nn.options import LayerOption, layer_class
+from regrow.nn.replace import DEFAULT
 from regrow.optim import sparse_learning_rate
+from regrow.registry import converted, refuse_clashes
 
 NO_EFFECT = ("output", "parallel", "workers", "keep_checkpoints", "save_steps", "logging_steps", "report_to")
 """Options that cannot change what is trained: they are no part of a run's identity."""
 RECIPE_FORMAT = 1
 """Raised when the default of an option changes, or what an option does."""
-_OF_SPARSITY = ("density", "distribution", "block_size", "block_steps", "block_warmup")
+Part = TypeVar("Part")
+_OF_SPARSITY = ("layer", "density", "distribution", "block_size", "block_steps", "block_warmup")
 _OF_UPDATES = ("n_updates", "drop_fraction", "decay", "final_fraction", "stop_updates")
 _OF_RATES = ("lr_rule", "lr_scope", "base_width")
 
@@ -39,20 +43,25 @@ def _method_class(name: str) -> type[Method]:
 
 
 @lru_cache
+def _layer_class(name: str) -> type[LayerOption]:
+    return layer_class(name)
+
+
+@lru_cache
 def _known_options(owner: Any) -> dict[str, tuple[Any, Any]]:
-    """Type and default of each option of a configuration or a method."""
+    """Type and default of each option of a configuration, a method or a layer option."""
     hints = get_type_hints(owner)
     return {of.name: (hints[of.name], of.default) for of in dataclasses.fields(owner)}
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: what differs from the defaults of :class:`~regrow.bert.pretrain.PretrainConfig` and of its method.
+    """One run: what differs from the defaults of :class:`~regrow.bert.pretrain.PretrainConfig`, its method and layer.
 
     Two specifications are equal if they train the same thing, however they say it; :attr:`id` is the same then.
 
     Args:
-        options: names and values as for ``regrow pretrain``, the method's own among them.
+        options: names and values as for ``regrow pretrain``, those of the method and the layer option among them.
 
     Raises:
         RegrowError: an unknown option, or a value that no run can use.
@@ -69,21 +78,22 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         method = _method_class(str(self.options.get("method", PretrainConfig.method)))
-        known = _known_options(PretrainConfig) | _known_options(method)
+        layer = _layer_class(str(self.options.get("layer", PretrainConfig.layer)))
+        refuse_clashes(PretrainConfig, method, layer)
+        known = _known_options(PretrainConfig) | _known_options(method) | _known_options(layer)  # type: ignore[arg-type]
         known.pop("output")  # the runner's business
         options = {}
         for name, value in self.options.items():
             if name not in known:
-                raise RegrowError(
-                    f"unknown option {name!r} of a run with method {method.name!r}: see regrow pretrain -h"
-                )
+                parts = f"method {method.name!r}" + (f" and layer {layer.name!r}" if layer.name != DEFAULT else "")
+                raise RegrowError(f"unknown option {name!r} of a run with {parts}: see regrow pretrain -h")
             hint, default = known[name]
-            value = _converted(name, value, hint)
+            value = converted(name, value, hint)
             if value != default:
                 options[name] = value
         object.__setattr__(self, "options", MappingProxyType(dict(sorted(options.items()))))
         self.config.check()
-        _ = self.method
+        _ = self.method, self.layer
 
     @cached_property
     def config(self) -> PretrainConfig:
@@ -93,13 +103,21 @@ class RunSpec:
     @cached_property
     def method(self) -> Method:
         """The method with its options."""
-        own = {k: v for k, v in self.options.items() if k not in PretrainConfig.__dataclass_fields__}
-        return _method_class(self.config.method)(**own)
+        return self._part(_method_class(self.config.method))
+
+    @cached_property
+    def layer(self) -> LayerOption:
+        """What stands in the place of linear layers, with its options."""
+        return self._part(_layer_class(self.config.layer))
+
+    def _part(self, cls: type[Part]) -> Part:
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        return cls(**{name: self.options[name] for name in names if name in self.options})
 
     @property
     def full(self) -> dict[str, Any]:
         """Every option of configuration and method, ``output`` apart."""
-        full = asdict(self.config) | asdict(self.method)  # type: ignore[call-overload]
+        full = asdict(self.config) | asdict(self.method) | asdict(self.layer)  # type: ignore[call-overload]
         return {name: value for name, value in full.items() if name != "output"}
 
     @cached_property
@@ -143,7 +161,7 @@ class RunSpec:
         if config.lr_rule != "supar":
             idle += _OF_RATES if config.learning_rate is not None else ("base_width",)
         if config.dense:
-            own = [f.name for f in dataclasses.fields(self.method)]  # type: ignore[arg-type]
+            own = [f.name for part in (self.method, self.layer) for f in dataclasses.fields(part)]  # type: ignore[arg-type]
             idle += [*_OF_SPARSITY, *_OF_UPDATES, *_OF_RATES, "method", *own]
         elif not self.method.moves:
             idle += _OF_UPDATES
@@ -240,7 +258,7 @@ def expand(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     axes: dict[str, Sequence[Any]] = {}
     for name, value in options.items():
         if name == "seeds":
-            axes["seed"] = value if isinstance(value, list) else range(_converted(name, value, int))
+            axes["seed"] = value if isinstance(value, list) else range(converted(name, value, int))
         else:
             axes[name] = value if isinstance(value, list) else [value]
     for values in product(*axes.values()):
@@ -251,7 +269,7 @@ def _with_rate(options: dict[str, Any]) -> dict[str, Any]:
     """``lr_factor`` replaced by the learning rate it means."""
     if "lr_factor" not in options:
         return options
-    factor = _converted("lr_factor", options.pop("lr_factor"), float)
+    factor = converted("lr_factor", options.pop("lr_factor"), float)
     if options.get("learning_rate") is not None:
         raise RegrowError("give a learning_rate or an lr_factor, not both")
     config = RunSpec(options).config
@@ -269,34 +287,6 @@ def _shown(name: str, value: Any) -> str:
     if name == "dense":
         return name if value else ""
     return f"{name}={yaml.safe_dump(value).splitlines()[0]}"
-
-
-def _converted(name: str, value: Any, hint: Any) -> Any:
-    """A value as its option wants it. YAML reads 1e-3 as text, and 1 where 1.0 is meant."""
-    kinds = get_args(hint) if get_origin(hint) not in (None, Literal) else (hint,)
-    if value is None and NoneType in kinds:
-        return None
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            if value in get_args(kind):
-                return value
-        elif kind is bool or kind is str:
-            if isinstance(value, kind):
-                return value
-        elif kind in (int, float) and not isinstance(value, bool) and isinstance(value, int | float | str):
-            try:
-                if float(value) == kind(float(value)):
-                    return kind(float(value))
-            except (ValueError, OverflowError):  # text that is no number; an infinite whole number
-                pass
-    wanted = " or ".join(_in_words(kind) for kind in kinds)
-    raise RegrowError(f"option {name!r} must be {wanted}, got {value!r}")
-
-
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(repr, get_args(kind)))}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}[kind]
 
 
 def _corpus_content(source: str) -> str:

@@ -98,7 +98,7 @@ def train(folder: RunFolder, *, keep_models: bool = False, keep_checkpoints: boo
             shutil.rmtree(folder.run, ignore_errors=True)
         patterns = folder.path / "patterns.json"
         snapshots = PatternSnapshots(patterns, config.schedule, moves=spec.method.moves and not config.dense)
-        result = pretrain(config, spec.method, resume=resume, callbacks=[snapshots])
+        result = pretrain(config, spec.method, layer=spec.layer, resume=resume, callbacks=[snapshots])
         if not result.finished:
             return INTERRUPTED
         RunRecord(
@@ -107,7 +107,7 @@ def train(folder: RunFolder, *, keep_models: bool = False, keep_checkpoints: boo
             config=spec.full,
             machine=describe_machine(),
             versions=versions(),
-            flops=paper_flops(config),
+            flops=paper_flops(config, spec.layer),
             memory={"peak_rss": peak_memory()},
             patterns={} if config.dense else read_json(patterns),
             **summarise(run),

@@ -18,10 +18,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from regrow.errors import RegrowError
-from regrow.nn import BlockSparseLinear, named_sparse_layers
-from regrow.nn.layout import FORMAT_VERSION, QUANT_METHOD
-from regrow.topology.blocks import check_counts
+from regrow.nn import named_sparse_layers
+from regrow.nn.layout import FORMAT_OF_OPTIONS, FORMAT_VERSION, QUANT_METHOD
+from regrow.nn.options import Composite
+from regrow.nn.replace import built_places
+from regrow.topology import BlockTopology
 from regrow.training.checks import header, wrong_type
+from regrow.training.skeleton import belongs_to_option, build_layers, check_entries
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -29,12 +32,17 @@ class RegrowConfig(QuantizationConfigMixin):
     """The layout :func:`regrow.nn.layout.layout` wrote, as transformers wants to hold it."""
 
     def __init__(
-        self, layers: dict[str, dict[str, int]] | None = None, format_version: int = FORMAT_VERSION, **unknown: Any
+        self,
+        layers: dict[str, dict[str, int]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        options: dict[str, dict[str, Any]] | None = None,
+        **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
-        if format_version != FORMAT_VERSION:
+        if format_version not in (FORMAT_VERSION, FORMAT_OF_OPTIONS):
             raise RegrowError(
-                f"this model is in regrow format {format_version}, this version reads {FORMAT_VERSION}; upgrade regrow"
+                f"this model is in regrow format {format_version}, this version reads {FORMAT_VERSION} and "
+                f"{FORMAT_OF_OPTIONS}; upgrade regrow"
             )
         if unknown:
             raise RegrowError(f"config.json: unknown entry {sorted(unknown)[0]!r} in quantization_config")
@@ -43,6 +51,11 @@ class RegrowConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.layers = layers
+        if format_version == FORMAT_OF_OPTIONS:  # no attribute otherwise: it would be written
+            check_entries(options)
+            self.options: dict[str, dict[str, Any]] = options or {}
+        elif options is not None:
+            raise RegrowError(f"config.json: quantization_config.options belongs to format {FORMAT_OF_OPTIONS}")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -54,24 +67,23 @@ class RegrowLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        for name, entry in self.quantization_config.layers.items():
-            found, dense = _find_linear(model, name)
-            parent, _, leaf = found.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _skeleton(name, dense, entry))
+        layers = self.quantization_config.layers
+        build_layers(model, layers, getattr(self.quantization_config, "options", {}))
         for path in checkpoint_files or ():
             if str(path).endswith(".safetensors"):
-                _check_file(Path(path), model, self.quantization_config.layers)
+                _check_file(Path(path), model, layers)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for name, layer in named_sparse_layers(model):
+        composites = [(name, module) for name, module, _ in built_places(model) if isinstance(module, Composite)]
+        for name, layer in [*composites, *named_sparse_layers(model)]:
             for part, tensor in layer.state_dict(keep_vars=True).items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise RegrowError(f"the saved model lacks {name}.{part}, or holds it in another shape")
-            try:
-                layer.topology.validate()
-            except RegrowError as error:
-                raise RegrowError(f"{name}.topology: {error}") from None
+        for name, sparse in named_sparse_layers(model):
+            _validate(f"{name}.topology", sparse.topology)
+        for name, composite in composites:
+            _validate(name, composite)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -84,6 +96,13 @@ class RegrowLoader(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+def _validate(name: str, part: BlockTopology | Composite) -> None:
+    try:
+        part.validate()
+    except RegrowError as error:
+        raise RegrowError(f"{name}: {error}") from None
 
 
 def _is_layer_entry(entry: object) -> bool:
@@ -105,41 +124,13 @@ def _check_file(path: Path, model: nn.Module, layers: Mapping[str, Any]) -> None
         layer, _, part = name.partition(".topology.")
         if part and layer not in layers:
             raise RegrowError(f"{path}: {name} belongs to no sparse layer that config.json lists")
-        known = (expected[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in expected)
-        tensor = next(known, None)
-        if tensor is None:
+        known = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in expected), None)
+        if known is None:
             continue
+        tensor = expected[known]
         wrong = wrong_type(dtype, tensor, exact=False)
-        if (part or name.removesuffix(".values") in layers) and list(tensor.shape) != shape:
+        ours = part or name.removesuffix(".values") in layers or belongs_to_option(model, known)
+        if ours and list(tensor.shape) != shape:
             wrong = f"must be {list(tensor.shape)} by config.json, not {shape}"
         if wrong:
             raise RegrowError(f"{path}: {name} {wrong}")
-
-
-def _find_linear(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
-    """A layer saved from ``BertForPreTraining`` is ``bert.encoder...`` there and ``encoder...`` in ``BertModel``."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = dict(model.named_modules())
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        module = modules.get(candidate)
-        if type(module) is nn.Linear:
-            return candidate, module
-    raise RegrowError(f"config.json lists sparse layer {name!r}, but the model has no linear layer of that name")
-
-
-def _skeleton(name: str, dense: nn.Linear, entry: dict[str, int]) -> BlockSparseLinear:
-    block_size, n_blocks = entry["block_size"], entry["n_blocks"]
-    try:
-        rows, cols = dense.out_features // max(block_size, 1), dense.in_features // max(block_size, 1)
-        check_counts(rows, cols, n_blocks)
-        return BlockSparseLinear(
-            dense.in_features,
-            dense.out_features,
-            block_size=block_size,
-            density=n_blocks / (rows * cols),
-            bias=dense.bias is not None,
-            device="meta",
-            dtype=dense.weight.dtype,
-        )
-    except RegrowError as error:
-        raise RegrowError(f"config.json, layer {name!r}: {error}") from None

@@ -13,6 +13,7 @@ from regrow.errors import RegrowError
 from regrow.methods import Gradient, Method, Signals, create
 from regrow.nn import BlockSparseLinear, named_sparse_layers
 from regrow.nn.layout import record_layout
+from regrow.nn.options import Composite
 from regrow.optim import check_optimizer, reset_slots_, resize_slots_
 from regrow.optim.state import resized
 from regrow.shards import is_sharded, own, own_rows, whole
@@ -87,6 +88,7 @@ class TopologyUpdater:
     ) -> None:
         self._wrapper, self.model = Wrapper(model), unwrapped(model)
         self.layers = dict(named_sparse_layers(self.model))
+        self._composites = [module for module in self.model.modules() if isinstance(module, Composite)]
         if not self.layers:
             raise RegrowError("the model has no BlockSparseLinear; call regrow.sparsify(model, ...) first")
         # transformers' Trainer hands over a wrapper
@@ -114,6 +116,7 @@ class TopologyUpdater:
         for name, layer in self.layers.items():
             lr = self.optimizer.param_groups[self._group_index[name]]["lr"]
             self.method.regularise_(own(layer.values.data), lr)
+        self._after_step()
         if not self.schedule.is_update(self.n_steps):
             self._prepare()
             return []
@@ -131,6 +134,18 @@ class TopologyUpdater:
             self.last_update_step = self.n_steps
         self._prepare()
         return records
+
+    def _after_step(self) -> None:
+        """Composite layers may have something to do; a parameter that they freeze takes its optimizer state along."""
+        progress = self.n_steps / self.schedule.total_steps
+        changed = [module for module in self._composites if module.after_step_(progress)]
+        for module in changed:
+            for parameter in module.parameters():
+                if not parameter.requires_grad and parameter in self.optimizer.state:
+                    del self.optimizer.state[parameter]
+        if changed:
+            record_layout(self.model, self.layers)
+            self._wrapper.renew()
 
     @property
     def coverage(self) -> float:
