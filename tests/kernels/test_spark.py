@@ -108,9 +108,10 @@ def test_reference_dtypes() -> None:
 def test_opcheck(biases: bool, dtype: torch.dtype) -> None:
     problem = Problem(6, 10, 4, 30, 7, biases=biases)
     leaves = problem.leaves(dtype)
-    for with_z in (True, False):
-        torch.library.opcheck(torch.ops.regrow.spark_ffn.default, (*leaves, problem.quantile, with_z))
-    x, gate, gate_bias, up, down, _ = (None if t is None else t.detach() for t in leaves)
+    torch.library.opcheck(torch.ops.regrow.spark_ffn.default, (*leaves, problem.quantile, True))
+    leaves = [None if t is None else t.detach() for t in leaves]
+    torch.library.opcheck(torch.ops.regrow.spark_ffn.default, (*leaves, problem.quantile, False))
+    x, gate, gate_bias, up, down, _ = leaves
     z = linear(x[:, :4], gate, gate_bias)
     for needed in ([True] * 6, [False, True, False] * 2):
         arguments = problem.g.to(dtype), x, z, gate, gate_bias, up, down, problem.quantile, *needed
@@ -270,7 +271,7 @@ def test_columns_with_the_greatest_products(width: int, with_norms: bool, isa: s
     for keep in {0, 1, width // 2, width}:
         lists, numbers = top_columns(x, norms, keep)
         idx = lists.idx.view(9, keep).long()
-        best = scores.sort(1, descending=True, stable=True).indices[:, :keep].sort(1).values
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep].sort(1).values
         assert torch.equal(idx, best) and torch.equal(numbers.view(9, keep), x.gather(1, best))
 
 

@@ -19,7 +19,7 @@ void run(GatherArgs& a, const int32_t* ptr, int64_t n, int threads, F&& work) {
     const int64_t rows = a.rows;
     a.slabs = std::max<int64_t>(1, (a.table_rows + kSlab - 1) / kSlab);
     const size_t size = (a.slabs + 1) * rows, numbers = a.table_rows * a.width;
-    const bool copy = n > kUses * a.table_rows;
+    const bool copy = !a.copied && n > kUses * a.table_rows;
     float* scratch = t_scratch.reserve(padded(size) + (copy ? padded(numbers) : 0));
     fence(scratch, size, padded(size));
     int32_t* cuts = reinterpret_cast<int32_t*>(scratch);
@@ -47,12 +47,24 @@ void run(GatherArgs& a, const int32_t* ptr, int64_t n, int threads, F&& work) {
     });
 }
 
-void gather_sum(Address table, Address ptr, Address idx, Address weights, Address start, Address out, int64_t table_at,
+// What gather_sum takes as `copied`: room for as many numbers as the table has.
+void gather_copy(Address table, Address copied, int64_t table_rows, int64_t width, int threads) {
+    nb::gil_scoped_release release;
+    GatherArgs a{};
+    a.table = at<const float>(table), a.table_rows = table_rows, a.stride = width, a.width = width;
+    const int parts = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(table_rows, 1)));
+    parallel(parts, [&](int i) {
+        g_table->gather_copy(a, cut(table_rows, i, parts), cut(table_rows, i + 1, parts), at<float>(copied));
+    });
+}
+
+void gather_sum(Address table, Address copied, Address ptr, Address idx, Address weights, Address start, Address out, int64_t table_at,
                 int64_t table_rows, int64_t stride, int64_t width, int64_t rows, int64_t n, int64_t out_at,
                 int64_t out_stride, int threads) {
     check_lists(at<const int32_t>(ptr), at<const int32_t>(idx), rows, n, table_rows);
     nb::gil_scoped_release release;
     GatherArgs a{};
+    a.copied = at<const float>(copied);
     a.table = at<const float>(table) + table_at, a.table_rows = table_rows, a.stride = stride, a.width = width;
     a.idx = at<const int32_t>(idx), a.rows = rows;
     a.weights = at<const float>(weights), a.start = at<const float>(start);
@@ -123,7 +135,8 @@ void top_columns(Address x, Address norms, Address idx, Address numbers, int64_t
 }  // namespace
 
 void bind_gather(nb::module_& m) {
-    m.def("gather_sum", &gather_sum, "table"_a, "ptr"_a, "idx"_a, "weights"_a, "start"_a, "out"_a, "table_at"_a,
+    m.def("gather_copy", &gather_copy, "table"_a, "copied"_a, "table_rows"_a, "width"_a, "threads"_a);
+    m.def("gather_sum", &gather_sum, "table"_a, "copied"_a, "ptr"_a, "idx"_a, "weights"_a, "start"_a, "out"_a, "table_at"_a,
           "table_rows"_a, "stride"_a, "width"_a, "rows"_a, "n"_a, "out_at"_a, "out_stride"_a, "threads"_a);
     m.def("gather_dot", &gather_dot, "table"_a, "ptr"_a, "idx"_a, "lead"_a, "dots"_a, "table_rows"_a, "stride"_a,
           "width"_a, "rows"_a, "n"_a, "lead_at"_a, "lead_stride"_a, "threads"_a);

@@ -72,10 +72,11 @@ void spark_select(const SparkArgs& a, int64_t t0, int64_t t1) {
     }
 }
 
-// h = gelu(over) * up, over all lists.
+// h = gelu(over) * up, over all lists; the gelu is the one of spark_slopes, so that both have the same bits.
 void spark_hidden(const float* over, const float* up, int64_t p0, int64_t p1, float* h) {
     vectors_of(p0, p1, [&](int64_t p, int64_t n) LAMBDA {
-        store_part(h + p, gelu(load_part(over + p, n)) * load_part(up + p, n), n);
+        V slope;
+        store_part(h + p, gelu(load_part(over + p, n), slope) * load_part(up + p, n), n);
     });
 }
 

@@ -16,8 +16,8 @@ blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. Nothing of
 Beside them is what a transformer layer has between its products: :func:`attention` over packed sequences;
 :func:`dropout_add_norm`, which is dropout, residual sum and LayerNorm in one pass; dropout by a seed alone, in
 :mod:`regrow.kernels.dropout`; and both halves of a layer as one operation, whose activations in between never leave the
-caches: :func:`ffn` and :func:`sparse_attention`. :func:`spark_ffn` is a feed-forward half of dense weights of which each token
-uses a few hidden units.
+caches: :func:`ffn` and :func:`sparse_attention`. :func:`spark_ffn` is a feed-forward half of dense weights of which
+each token uses a few hidden units.
 """
 
 from regrow.kernels.attention import attention

@@ -1,7 +1,7 @@
 """Products with listed rows of a table, float32 on a CPU: what activation sparsity is made of.
 
-Which rows take part differs from row to row of the result, so nothing can be packed for all of them; the cost is that of
-reading what is listed, once for every list. Raw tensors in and out, no gradients: :mod:`regrow.kernels.spark` has them.
+Which rows take part differs from row to row of the result, and the cost is that of reading what is listed, once for
+every list. Raw tensors in and out, no gradients: :mod:`regrow.kernels.spark` has them.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def gather_sum(
     *,
     start: Tensor | None = None,
     columns: slice = slice(None),
+    copied: Tensor | None = None,
     out: Tensor | None = None,
     out_at: int = 0,
 ) -> Tensor:
@@ -50,6 +51,7 @@ def gather_sum(
         table: ``[of, width]``, contiguous.
         start: one for each of the columns; nothing if absent.
         columns: of the table that take part; all by default.
+        copied: what :func:`copy_table` made of the table, which is then not read itself; for all columns.
         out: ``[rows, ...]``, contiguous, whose columns from ``out_at`` on are written; a new tensor if absent.
 
     Example:
@@ -61,10 +63,25 @@ def gather_sum(
     begin, end, _ = columns.indices(table.shape[1])
     if out is None:
         out = table.new_empty(lists.rows, end - begin)
-    arrays = table, lists.ptr, lists.idx, weights, start, out
+    arrays = table, copied, lists.ptr, lists.idx, weights, start, out
     sizes = begin, lists.of, table.shape[1], end - begin, lists.rows, lists.idx.shape[0], out_at, out.shape[1]
     cpu.call("gather_sum", arrays, *sizes)
     return out
+
+
+def copy_table(table: Tensor) -> Tensor:
+    """The table in the order in which :func:`gather_sum` reads it fastest, for this instruction set.
+
+    Where lists are long it makes such a copy itself, at every call.
+
+    Example:
+        >>> lists, table = Lists(torch.tensor([0, 1]).int(), torch.tensor([1]).int(), of=2), torch.eye(2)
+        >>> gather_sum(lists, torch.ones(1), table, copied=copy_table(table))
+        tensor([[0., 1.]])
+    """
+    copied = table.new_empty(table.numel())
+    cpu.call("gather_copy", (table, copied), *table.shape)
+    return copied
 
 
 def gather_dot(lists: Lists, lead: Tensor, table: Tensor, *, lead_at: int = 0) -> Tensor:

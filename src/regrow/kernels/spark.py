@@ -60,9 +60,9 @@ def spark_ffn(
 
     The standard deviation is that of all of ``z`` (divided by their number), as in the code published for Gemma 3n, and
     the gradient flows through the threshold as it does there. It is therefore not zero for units that are not active,
-    but there it is ``share + beta (z - mean(z))`` with two numbers per token, so that what it adds to the gradients of
-    ``K1`` and ``x`` follows from ``r x r`` matrices, ``K1^T K1`` and ``x^T diag(beta) x``, without a product of the hidden
-    width for every token. Differentiable once.
+    but there it is ``share + beta (z - mean(z))`` with two numbers per token. What it adds to the gradients of ``K1``
+    and ``x`` therefore follows from ``r x r`` matrices, ``K1^T K1`` and ``x^T diag(beta) x``, without a product of the
+    hidden width for every token. Differentiable once.
 
     Args:
         x: ``[N, in]``, any strides.
@@ -126,9 +126,9 @@ def _gates(x: Tensor, gate: Tensor, gate_bias: Tensor | None) -> Tensor:
 def _check(x: Tensor, weights: SparkWeights, bias: Tensor | None, quantile: float) -> None:
     gate, gate_bias, up, down = weights
     check_data("x", x, {"gate": gate, "gate_bias": gate_bias, "up": up, "down": down, "bias": bias})
-    for name, tensor in (("x", x), ("gate", gate), ("down", down)):
-        if tensor.dim() != 2 or not tensor.shape[1]:
-            raise RegrowError(f"{name} is {list(tensor.shape)}; it must be a matrix with at least one column")
+    for name, matrix in (("x", x), ("gate", gate), ("down", down)):
+        if matrix.dim() != 2 or not matrix.shape[1]:
+            raise RegrowError(f"{name} is {list(matrix.shape)}; it must be a matrix with at least one column")
     (hidden, r), width = gate.shape, x.shape[1]
     if not 0 < r < width or not hidden:
         raise RegrowError(f"gate is {list(gate.shape)}; x of {width} features needs [hidden, from 1 to {width - 1}]")

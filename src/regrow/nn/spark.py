@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regrow import kernels
 from regrow.errors import RegrowError
 from regrow.nn.init import initialise_
+from regrow.nn.options.composite import Composite
 
 
 def statistical_top_k(z: Tensor, keep: float) -> Tensor:
@@ -18,8 +19,8 @@ def statistical_top_k(z: Tensor, keep: float) -> Tensor:
     .. math:: \max(z - \theta, 0), \qquad \theta = \text{mean}(z) + \text{std}(z) \, \Phi^{-1}(1 - keep)
 
     Nothing is sorted. The count is not exact: it is ``keep`` of a row whose numbers follow a normal distribution, of
-    which rows of 3,072 have 246 with a standard deviation of 9.5 at ``keep = 0.08``. The threshold is subtracted (a soft
-    threshold), so that the result does not jump where a number crosses it, and takes part in the gradient.
+    which rows of 3,072 have 246 with a standard deviation of 9.5 at ``keep = 0.08``. The threshold is subtracted (a
+    soft threshold), so that the result does not jump where a number crosses it, and takes part in the gradient.
 
     Args:
         z: ``[..., n]``.
@@ -50,8 +51,8 @@ def quantile_of(keep: float) -> float:
     return NormalDist().inv_cdf(1 - keep)
 
 
-class SparkFFN(nn.Module):
-    r"""``y = V^T (gelu(statistical_top_k(K1 x[:r] + b1)) * (K2 x[r:])) + b2``: a feed-forward half with few active units.
+class SparkFFN(Composite):
+    r"""``y = V^T (gelu(statistical_top_k(K1 x[:r] + b1)) * (K2 x[r:])) + b2``: a feed-forward half, few units active.
 
     A dense product with the first ``r`` features of the input decides which hidden units a token activates. Only for
     those are the rest of the input and the output multiplied, forward and backward, token by token. The parameters are
@@ -60,9 +61,8 @@ class SparkFFN(nn.Module):
 
     .. math:: 2 \, (r \cdot intermediate + k \, (hidden - r) + k \cdot hidden)
 
-    FLOPs forward, and backward twice those of the second and third product, ``2 k r`` more for each of two gradients of
-    ``K1``, and products of ``r x r`` matrices that the moving threshold asks for
-    (:func:`regrow.kernels.spark_ffn` says which). Differentiable once.
+    FLOPs forward; :meth:`flops` counts the gradients, :func:`regrow.kernels.spark_ffn` has the formulas. Differentiable
+    once. No ``nn.Linear`` can stand for it, so :func:`regrow.densify` refuses it.
 
     Args:
         hidden: features of the input and the output.
@@ -95,7 +95,7 @@ class SparkFFN(nn.Module):
     gate_bias: nn.Parameter | None
     up: nn.Parameter
     down: nn.Parameter
-    bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class SparkFFN(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden, hidden)
         if hidden < 2 or intermediate < 1:
             raise RegrowError(f"hidden must be at least 2 and intermediate at least 1, got {hidden} and {intermediate}")
         r = hidden // 2 if r is None else r
@@ -123,7 +123,7 @@ class SparkFFN(nn.Module):
 
         self.gate, self.gate_bias = empty(intermediate, r), empty(intermediate) if bias else None
         self.up = empty(intermediate, hidden - r)
-        self.down, self.bias = empty(intermediate, hidden), empty(hidden) if bias else None
+        self.down, self.down_bias = empty(intermediate, hidden), empty(hidden) if bias else None
         if not self.gate.is_meta:
             self.reset_parameters(generator)
 
@@ -131,19 +131,34 @@ class SparkFFN(nn.Module):
         """Draw the weights anew as BERT's and zero the biases."""
         for weight in (self.gate, self.up, self.down):
             initialise_(weight, generator)
-        for bias in (self.gate_bias, self.bias):
+        for bias in (self.gate_bias, self.down_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.hidden:
-            raise RegrowError(f"SparkFFN expects inputs of {self.hidden} features, got shape {list(x.shape)}")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.gate.dtype)
-        tokens = x.reshape(-1, self.hidden)
-        with torch.autocast(x.device.type, enabled=False):
-            y = kernels.spark_ffn(tokens, self.gate, self.gate_bias, self.up, self.down, self.bias, self.quantile)
-        return y.view(x.shape)
+    def compute(self, x: Tensor) -> Tensor:
+        """``[n, hidden] -> [n, hidden]``."""
+        return kernels.spark_ffn(x, self.gate, self.gate_bias, self.up, self.down, self.down_bias, self.quantile)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``b2 [hidden]``."""
+        return self.down_bias
+
+    def flops(self, rows: int, with_input: bool = True) -> tuple[int, int, int]:
+        """Of products: forward, and for the gradients of the input (and the units) and of the weights.
+
+        Counted with ``round(keep * intermediate)`` active units a token:
+
+        >>> half = SparkFFN(64, 1000, keep=0.1)
+        >>> half.flops(1)[0] == 2 * (32 * 1000 + 100 * 32 + 100 * 64)
+        True
+        """
+        active, r = round(self.keep * self.intermediate), self.r
+        forward = r * self.intermediate + active * (self.hidden - r + self.hidden)
+        threshold = r * r * (rows + self.intermediate)  # of the threshold's gradient, in either direction
+        through = rows * active * self.hidden  # from the output back to the units
+        down = through + rows * active * self.hidden + threshold if with_input else through
+        return 2 * rows * forward, 2 * down, 2 * (2 * rows * active * self.hidden + threshold)
 
     @torch.no_grad()
     def active_units(self, x: Tensor) -> Tensor:
@@ -152,7 +167,5 @@ class SparkFFN(nn.Module):
         return (statistical_top_k(z, self.keep) > 0).sum(-1)
 
     def extra_repr(self) -> str:
-        return (
-            f"hidden={self.hidden}, intermediate={self.intermediate}, keep={self.keep:g}, r={self.r}, "
-            f"bias={self.bias is not None}"
-        )
+        bias = self.down_bias is not None
+        return f"hidden={self.hidden}, intermediate={self.intermediate}, keep={self.keep:g}, r={self.r}, bias={bias}"
