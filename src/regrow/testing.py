@@ -1,16 +1,15 @@
-"""For authors of methods: one conformance suite that every method passes, ours and yours.
+"""For authors of methods and layer options: conformance suites that every one passes, ours and yours.
 
 >>> from regrow.testing import check_method
 >>> check_method("set", examples=5, ranks=1).name
 'set'
 
-It needs Hypothesis (``pip install hypothesis``).
+It needs Hypothesis (``pip install hypothesis``). Layer options are checked by :func:`check_layer`.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import multiprocessing
 import sys
 import tempfile
@@ -30,9 +29,12 @@ from regrow.errors import RegrowError
 from regrow.methods import Gradient, Method, Signals, create
 from regrow.nn import BlockSparseLinear, sparsify
 from regrow.optim import AdamW
+from regrow.testing_layers import LayerReport, check_declaration, check_layer
 from regrow.topology import BlockTopology, ExploredPositions, TopologyUpdate
 from regrow.training import TopologyUpdater, UpdateSchedule
 from regrow.training.updater import apply_update
+
+__all__ = ["LayerReport", "MethodReport", "check_layer", "check_method"]
 
 STEPS, TOKENS = 24, 16
 _MEMORY_LAYER = (512, 512)
@@ -77,7 +79,7 @@ def check_method(method: str | Method, *, examples: int = 30, ranks: int = 2) ->
         ImportError: Hypothesis is not installed.
     """
     method = create(method) if isinstance(method, str) else method
-    _check_declaration(method)
+    check_declaration(method)
     if method.dense_layout:
         raise RegrowError(f"{method.name} moves no blocks; the suite's other rules are about those that do")
     _check_updates(method, examples)
@@ -86,20 +88,6 @@ def check_method(method: str | Method, *, examples: int = 30, ranks: int = 2) ->
         _check_ranks(method)
     weight = 4 * _MEMORY_LAYER[0] * _MEMORY_LAYER[1]
     return MethodReport(method.name, {b: _check_memory(method, b) for b in (1, 16)}, weight)
-
-
-# ---- 1: declaration -------------------------------------------------------------------------------
-
-
-def _check_declaration(method: Method) -> None:
-    cls = type(method)
-    for attribute in ("name", "paper", "year", "link"):
-        assert getattr(cls, attribute), f"{cls.__name__}.{attribute} is not set"
-    assert (cls.__doc__ or "").strip(), f"{cls.__name__} has no docstring; its first line is what users see in lists"
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        assert field.metadata.get("help"), f'option {field.name!r} of {cls.name} has no metadata={{"help": ...}}'
-    module = sys.modules[cls.__module__]
-    assert ">>>" in (module.__doc__ or ""), f"{cls.__module__} has no worked example in its docstring"
 
 
 # ---- 2: single updates ----------------------------------------------------------------------------

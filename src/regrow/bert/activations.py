@@ -15,6 +15,7 @@ from transformers.models.bert.modeling_bert import BertModel
 from regrow.bert.skipping import column_norms
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear
+from regrow.nn.options import Composite
 
 _TOKENS = 2048
 """Tokens from which a layer's thresholds are found."""
@@ -103,7 +104,7 @@ def _down_projections(model: nn.Module) -> dict[str, Any]:
             for number, layer in enumerate(module.encoder.layer):
                 name = f"{prefix + '.' if prefix else ''}encoder.layer.{number}.output.dense"
                 found[name] = down = layer.output.dense
-                if not isinstance(down, nn.Linear | BlockSparseLinear):
+                if not isinstance(down, nn.Linear | BlockSparseLinear | Composite):
                     raise RegrowError(f"{name} is {type(down).__name__}, which takes no hidden activations")
     if not found:
         raise RegrowError("there is no BERT encoder in the model")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from regrow.bert.model import dense_bytes, stored_bytes
 from regrow.bert.run import CHECKPOINTS, TOPOLOGY_LOG, RunDirectory
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, density_of, named_sparse_layers
-from regrow.nn.replace import dense_elements
+from regrow.nn.replace import built_places, dense_elements
 from regrow.topology import ExploredPositions
 from regrow.training.checkpoint import TOPOLOGY_FILE, damaged, load_tensors
 from regrow.training.checks import header, is_count, is_number, wrong_counters, wrong_history
@@ -77,6 +78,7 @@ class Inspection:
         density: share of the weights of these layers together that exist.
         parameters, dense_parameters: of the whole model, as it is and with ``nn.Linear`` for every sparse layer.
         stored_bytes, dense_bytes: the same of what is saved, indices included.
+        options: how many layers are of each other option than plain blocks, by its name.
     """
 
     model_class: str
@@ -86,6 +88,7 @@ class Inspection:
     dense_parameters: int
     stored_bytes: int
     dense_bytes: int
+    options: dict[str, int] = field(default_factory=dict)
 
 
 def inspect_model(
@@ -120,6 +123,7 @@ def inspect_model(
         dense_parameters=dense_elements(model),
         stored_bytes=stored_bytes(model),
         dense_bytes=dense_bytes(model),
+        options=dict(Counter(built.option.name for _, _, built in built_places(model))),
     )
 
 

@@ -389,6 +389,8 @@ def _layer(config: PretrainConfig, method: Method, layer: LayerOption | None) ->
         raise RegrowError(f"layer is {layer.name!r}, but the configuration says {config.layer!r}; make them agree")
     if layer.name != DEFAULT and method.dense_layout and not config.dense:
         raise RegrowError(f"method {method.name!r} masks dense layers, which layer={layer.name!r} are not; choose one")
+    if config.parallel == "fsdp" and not layer.shardable:
+        raise RegrowError(f"layer={layer.name!r} with these options cannot be shared out; train it with --parallel ddp")
     return layer
 
 

@@ -14,6 +14,7 @@ from regrow.errors import RegrowError
 from regrow.kernels.cpu import supports_rows
 from regrow.kernels.gather import copy_table, gather_sum, top_columns
 from regrow.nn import BlockSparseLinear
+from regrow.nn.options import Composite
 
 Rule = Literal["wina", "teal", "cats"]
 FEW_TOKENS = 64
@@ -166,7 +167,13 @@ class _DenseForward:
 
 
 def column_norms(layer: Any) -> Tensor:
-    r""":math:`\|W_{:,i}\|_2` for every input of a dense or block-sparse layer: ``[in_features]``."""
+    r""":math:`\|W_{:,i}\|_2` for every input of a linear layer: ``[in_features]``.
+
+    Raises:
+        RegrowError: the layer computes what no one matrix does.
+    """
+    if isinstance(layer, Composite):
+        return layer.to_dense().norm(dim=0)
     if not isinstance(layer, BlockSparseLinear):
         return layer.weight.detach().norm(dim=0)
     squares = layer.values.new_zeros(layer.topology.n_block_cols, layer.block_size)

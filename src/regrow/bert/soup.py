@@ -22,6 +22,7 @@ from regrow.bert.output import new_output
 from regrow.bert.saved import load_saved
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear, named_sparse_layers
+from regrow.nn.replace import built_places
 
 _MAY_DIFFER = {
     "_name_or_path",
@@ -191,6 +192,11 @@ def _entries(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _different_pattern(first: nn.Module, model: nn.Module) -> str | None:
+    built = [{name: part for name, _, part in built_places(m)} for m in (first, model)]
+    for name in built[0] | built[1]:
+        options = [of_one[name].option if name in of_one else "plain" for of_one in built]
+        if options[0] != options[1]:
+            return f"{name} is {options[1]}, not {options[0]}"
     ours, theirs = (dict(named_sparse_layers(m)) for m in (first, model))
     for name in ours | theirs:
         if name not in ours or name not in theirs:

@@ -13,6 +13,7 @@ from regrow.bert.fused import Fusions
 from regrow.bert.sizes import bert_config
 from regrow.cli.parser import OneLineParser
 from regrow.methods import create
+from regrow.nn.replace import DEFAULT
 
 
 def run(argv: Sequence[str]) -> int:
@@ -26,6 +27,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--size", default="tiny", help="tiny ... large, or LAYERS/HIDDEN/HEADS")
     parser.add_argument("--density", type=float, help="share of encoder blocks that exist; without it all is dense")
     parser.add_argument("--block-size", type=int, default=16, help="edge of a block")
+    parser.add_argument("--layer", default=DEFAULT, help="what stands in the place of a layer, with default options")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences in a step")
     parser.add_argument("--seq-length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--vocab-size", type=int, default=30522, help="size of the vocabulary")
@@ -45,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     config = bert_config(asked.size, vocab_size=asked.vocab_size, max_length=asked.seq_length)
     fusions = Fusions.named(asked.fuse)
     report = count_flops(
-        bert_skeleton(config, density=asked.density, block_size=asked.block_size, fusions=fusions),
+        bert_skeleton(config, density=asked.density, block_size=asked.block_size, fusions=fusions, layer=asked.layer),
         batch_size=asked.batch_size,
         seq_length=asked.seq_length,
         predicted=asked.predicted,

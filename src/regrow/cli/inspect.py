@@ -89,6 +89,8 @@ def table(report: Inspection, name: str) -> str:
     names = [_shortened(layer.name.removeprefix(prefix)) for layer in report.layers]
     width = max(len("layer"), *map(len, names))
     lines = [f"{name}: {report.model_class}, {len(report.layers)} sparse layers"]
+    for option, count in report.options.items():
+        lines.append(f"{count} layers are of option {option}; their sparse parts are listed")
     if prefix:
         lines.append(f"names begin with {prefix}")
     lines.append("  ".join([f"{'layer':{width}}", *(f"{heading:>{n}}" for heading, n in _HEADINGS)]))

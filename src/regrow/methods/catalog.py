@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 
 from regrow.methods.base import LayerSize, Method, available, create
+from regrow.nn import options as layers
 
 LAYER, TOKENS = LayerSize(in_features=768, out_features=3072, block_size=16, n_blocks=922), 4096
 """The layer whose update is priced: BERT-Base's first feed-forward one at density 0.1, and the tokens of a batch."""
@@ -49,6 +50,50 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
+def layer_entries() -> list[tuple[layers.LayerOption, float]]:
+    """Every layer option, and its products at :data:`LAYER` as a share of the dense ones.
+
+    Of an option for feed-forward halves, those of the half that begins with that layer.
+    """
+    size = LAYER
+    place = layers.Place(size.in_features, size.out_features, True, size.block_size, 0.1, device="meta")
+    back = place.of(size.out_features, size.in_features)
+    dense, entries = size.in_features * size.out_features, []
+    for name in layers.available():
+        option = layers.create(name)
+        weights = option.pair_weights(place, back) / 2 if option.pairs else option.weights(place)
+        entries.append((option, weights / dense))
+    return entries
+
+
+def layer_listing() -> str:
+    """One line a layer option, and its options below it."""
+    lines = [f"{'name':12} {'year':5} {'always sparse':14} {'products':9} what it does"]
+    for option, share in layer_entries():
+        sparse = "yes" if option.always_sparse else "no"
+        lines.append(f"{option.name:12} {option.year:<5} {sparse:14} {f'{share:.3f}':9} {_summary(option)}")
+        lines.append(f"{'':12} {option.paper}, {option.link}")
+        lines += [f"    --{name:22} {default!s:10} {text}" for name, default, text in _options(option)]
+    return "\n".join([*lines, _PRODUCTS])
+
+
+def layer_markdown() -> str:
+    """docs/layers.md."""
+    rows, parts = [], []
+    for option, share in layer_entries():
+        sparse, where = "yes" if option.always_sparse else "no", "feed-forward halves" if option.pairs else "each"
+        rows.append(
+            f"| [{option.name}](#{option.name}) | {option.year} | {sparse} | {where} | {share:.3f} "
+            f"| [{option.paper}]({option.link}) |"
+        )
+        doc = (sys.modules[type(option).__module__].__doc__ or "").strip()
+        parts.append(f"## {option.name}\n\n{_summary(option)}\n\n{_prose(doc)}\n")
+        options = [f"| `--{name}` | `{default}` | {text} |" for name, default, text in _options(option)]
+        if options:
+            parts.append("\n".join(["| option | default | |", "|---|---|---|", *options, ""]))
+    return "\n".join([_LAYER_HEAD.format(products=_PRODUCTS, rows="\n".join(rows)), *parts])
+
+
 def signals_of(method: Method) -> str:
     """What a method looks at besides the weights."""
     if method.dense_layout:
@@ -74,6 +119,24 @@ Made by `regrow methods --markdown` from the methods themselves. How they compar
 """
 
 
+_PRODUCTS = """
+Products: of a token at a 768 -> 3072 layer (density 0.1, 16x16 blocks), as a share of the dense layer's; of options for
+feed-forward halves those of the half. Always sparse: nothing of a dense weight's size or cost is ever computed."""
+
+_LAYER_HEAD = """# Layers
+
+Made by `regrow methods --layers --markdown` from the options themselves: what may stand in the place of a linear layer,
+`regrow pretrain --layer NAME` and `regrow.sparsify(model, ..., layer=NAME)`, or `layer=create(NAME, OPTION=VALUE)` with
+`regrow.nn.options.create`. Options for feed-forward halves replace two layers with an activation between, and leave
+plain blocks elsewhere. Any method moves the blocks inside; [formats.md](formats.md) says how they are saved.
+{products}
+
+| layer | year | always sparse | replaces | products | paper |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
 def _all() -> Iterable[Method]:
     return [create(name) for name in available()]
 
@@ -85,11 +148,11 @@ def _extra(method: Method) -> str:
     return f"{steps:.2f} steps" if steps >= 0.005 else "< 0.01 steps"
 
 
-def _summary(method: Method) -> str:
+def _summary(method: object) -> str:
     return (method.__doc__ or "").strip().splitlines()[0]
 
 
-def _options(method: Method) -> list[tuple[str, object, str]]:
+def _options(method: object) -> list[tuple[str, object, str]]:
     return [
         (field.name.replace("_", "-"), getattr(method, field.name), str(field.metadata.get("help", "")))
         for field in dataclasses.fields(method)  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from regrow.nn import MaskedLinear, named_sparse_layers
+from regrow.nn import MaskedLinear
+from regrow.nn.replace import dense_elements
 from regrow.ranks import world_size
 from regrow.topology import BlockTopology
 
@@ -41,11 +42,9 @@ def gradient_bytes(module: nn.Module) -> tuple[int, int]:
     (4096, 16384)
     """
     sent = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    absent = sum(
-        (layer.in_features * layer.out_features - layer.values.numel()) * layer.values.element_size()
-        for _, layer in named_sparse_layers(module)
-    )
-    return sent, sent + absent
+    parameters = list(module.parameters())
+    size = parameters[0].element_size() if parameters else 0
+    return sent, sent + (dense_elements(module) - sum(p.numel() for p in parameters)) * size
 
 
 class Wrapper:

@@ -68,10 +68,13 @@ class RegrowLoader(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         layers = self.quantization_config.layers
-        build_layers(model, layers, getattr(self.quantization_config, "options", {}))
+        renamed, options = build_layers(model, layers, getattr(self.quantization_config, "options", {}))
         for path in checkpoint_files or ():
             if str(path).endswith(".safetensors"):
                 _check_file(Path(path), model, layers)
+        self.quantization_config.layers = renamed
+        if options:
+            self.quantization_config.options = options
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -21,24 +21,27 @@ _ENTRY = {"option", "fields", "block_size", "density"}
 
 def build_layers(
     model: nn.Module, layers: Mapping[str, Mapping[str, int]], options: Mapping[str, Mapping[str, Any]]
-) -> None:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Replace linear layers of a model without memory by what its file lists, in place.
 
     Args:
         layers: ``block_size`` and ``n_blocks`` of sparse layers, by name.
         options: what else stands there, by the name of a layer or of the first of a feed-forward half.
 
+    Returns:
+        the two by the names that the layers have in this model, to be written when it is saved.
+
     Raises:
         RegrowError: the model has no such layer, or it cannot be so.
     """
-    _build_options(model, options)
-    done: set[str] = set()
+    built = _build_options(model, options)
+    done: dict[str, Any] = {}
     for name, entry in layers.items():
         try:
             found, module = _find(model, name)
             if found in done:
                 raise RegrowError("listed twice")
-            done.add(found)
+            done[found] = entry
             if isinstance(module, BlockSparseLinear):  # an option made it
                 if module.block_size != entry["block_size"]:
                     raise RegrowError(f"block_size is {entry['block_size']}, but its option has {module.block_size}")
@@ -52,6 +55,7 @@ def build_layers(
     for name, module in model.named_modules():
         if isinstance(module, BlockSparseLinear) and name not in done:
             raise RegrowError(f"config.json lists no blocks of {name!r}, which its option needs")
+    return done, built
 
 
 def check_entries(options: object) -> None:
@@ -83,8 +87,8 @@ def _is_entry(entry: dict[str, Any]) -> bool:
     )
 
 
-def _build_options(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> None:
-    pairs = {pair.first: pair for pair in feed_forward_pairs(model)}
+def _build_options(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    pairs, built = {pair.first: pair for pair in feed_forward_pairs(model)}, {}
     for name, entry in options.items():
         try:
             option = restore(entry["option"], entry["fields"])
@@ -97,6 +101,7 @@ def _build_options(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -
                 install_pair(model, pairs[found], option, first, _place(second, entry["block_size"], entry["density"]))
             else:
                 raise RegrowError(f"layer {option.name!r} replaces feed-forward halves, and there is none")
+            built[found] = entry
             module = model.get_submodule(found)
             if isinstance(module, Composite):
                 module.set_numbers_(dict(entry.get("numbers", {})))
@@ -104,6 +109,7 @@ def _build_options(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -
                 raise RegrowError(f"layer {option.name!r} has no numbers")
         except RegrowError as error:
             raise RegrowError(f"config.json, option of {name!r}: {error}") from None
+    return built
 
 
 def _place(dense: Any, block_size: int, density: float) -> Place:

@@ -136,14 +136,12 @@ class TopologyUpdater:
         return records
 
     def _after_step(self) -> None:
-        """Composite layers may have something to do; a parameter that they freeze takes its optimizer state along."""
+        """Composite layers may have something to do, and may give up parameters."""
         progress = self.n_steps / self.schedule.total_steps
-        changed = [module for module in self._composites if module.after_step_(progress)]
-        for module in changed:
-            for parameter in module.parameters():
-                if not parameter.requires_grad and parameter in self.optimizer.state:
-                    del self.optimizer.state[parameter]
-        if changed:
+        given_up = [parameter for module in self._composites for parameter in module.after_step_(progress)]
+        for parameter in given_up:
+            self.optimizer.state.pop(parameter, None)
+        if given_up:
             record_layout(self.model, self.layers)
             self._wrapper.renew()
 

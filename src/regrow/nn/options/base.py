@@ -104,6 +104,11 @@ class LayerOption:
     pairs: ClassVar[bool] = False
     """It replaces feed-forward halves, two layers with an activation between; other layers get plain blocks."""
 
+    @property
+    def shardable(self) -> bool:
+        """Whether its parameters can be shared out over processes (FSDP)."""
+        return True
+
     def build(self, place: Place) -> nn.Module:
         """The module for a layer: a :class:`BlockSparseLinear` or a :class:`~regrow.nn.options.Composite`.
 

@@ -96,16 +96,16 @@ class Composite(nn.Module):
         """:meth:`dense_weight` without gradients."""
         return self.dense_weight().detach().clone()
 
-    def after_step_(self, progress: float) -> bool:
+    def after_step_(self, progress: float) -> list[nn.Parameter]:
         """Called by :class:`regrow.TopologyUpdater` after every optimizer step, before blocks move.
 
         Args:
             progress: share of the training that is over.
 
         Returns:
-            whether a parameter was replaced or became smaller.
+            parameters that the module has given up; the optimizer forgets its state of them.
         """
-        return False
+        return []
 
     def numbers(self) -> dict[str, int]:
         """What of the module's shape the option, the layer's shape and its blocks do not tell; saved with a model."""
