@@ -135,7 +135,7 @@ def test_only_the_active_share_is_counted():
     assert found.flops.forward == 2 * 10 * (32 * 100 + 10 * 32 + 10 * 64) and found.dense_weights == 2 * 64 * 100
     # Back from the output to the units, and on to the input; and the same of the weights; r x r matrices in either.
     assert found.flops.input_gradient == found.flops.weight_gradient == 2 * (2 * 10 * 10 * 64 + 32 * 32 * (10 + 100))
-    assert not report.not_counted
+    assert not report.not_counted and report.recomputed == 2 * 10 * 10 * 32
     place = create("spark", keep=0.1)
     counted = count_flops(model(layer=place), batch_size=1, seq_length=1, predicted="all")
     halves = [layer for layer in counted.layers if layer.name.endswith("intermediate.dense")]

@@ -19,12 +19,14 @@ from regrow.nn.flops_family import (
     EMBEDDINGS,
     ENCODER,
     Costs,
+    Family,
     Role,
     Rows,
     attention_width,
     has_no_product,
     recomputed_by,
     refuse_unknown,
+    register_family,
     role_of,
 )
 from regrow.nn.flops_report import Convention, Flops, FlopsReport, LayerFlops, NotCounted, UpdateFlops
@@ -306,3 +308,6 @@ def _not_counted(model: nn.Module) -> Iterator[NotCounted]:
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if parameters and not isinstance(module, known) and not has_no_product(module):
             yield NotCounted(name, type(module).__name__, parameters)
+
+
+register_family(Family({}, {}, recomputed={SparkFFN: lambda half, costs: half.recomputed_flops(costs[half].rows)}))

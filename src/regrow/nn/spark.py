@@ -35,8 +35,9 @@ def statistical_top_k(z: Tensor, keep: float) -> Tensor:
 
     Reference: You et al. 2025, *Spark Transformer*, https://arxiv.org/abs/2506.06644, section 3.
     """
-    theta = z.mean(-1, keepdim=True) + quantile_of(keep) * z.std(-1, correction=0, keepdim=True)
-    return torch.relu(z - theta)
+    off = z - z.mean(-1, keepdim=True)
+    deviation = torch.linalg.vector_norm(off, dim=-1, keepdim=True) / z.shape[-1] ** 0.5  # where 0, with gradient 0
+    return torch.relu(off - quantile_of(keep) * deviation)
 
 
 def quantile_of(keep: float) -> float:
@@ -159,6 +160,10 @@ class SparkFFN(Composite):
         through = rows * active * self.hidden  # from the output back to the units
         down = through + rows * active * self.hidden + threshold if with_input else through
         return 2 * rows * forward, 2 * down, 2 * (2 * rows * active * self.hidden + threshold)
+
+    def recomputed_flops(self, rows: int) -> int:
+        """``K2 x`` of the active units, which the backward pass computes again: only the gates are kept."""
+        return 2 * rows * round(self.keep * self.intermediate) * (self.hidden - self.r)
 
     @torch.no_grad()
     def active_units(self, x: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ C. You, K. Wu, Z. Jia, L. Chen, S. Bhojanapalli, J. Guo, U. Evci, J. Wassenberg,
 S. Subramanian, F. Chern, A. Andreev, S. Pathak, F. Yu, P. Jain, D. E. Culler, H. M. Levy, S. Kumar, *Spark Transformer:
 Reactivating Sparsity in FFN and Attention*, 2025, https://arxiv.org/abs/2506.06644.
 
-.. math::
-    y = V^T \\big( \\text{gelu}(\\max(z - \\theta, 0)) \\cdot K_2 x_{r:} \\big) + b_2, \\quad
-    z = K_1 x_{:r} + b_1, \\quad
-    \\theta = \\text{mean}(z) + \\text{std}(z) \\, \\Phi^{-1}(1 - keep)
+.. math:: y = V^T \\big( \\text{gelu}(\\max(z - \\theta, 0)) \\cdot K_2 x_{r:} \\big) + b_2, \\quad
+          z = K_1 x_{:r} + b_1, \\quad
+          \\theta = \\text{mean}(z) + \\text{std}(z) \\, \\Phi^{-1}(1 - keep)
 
-What is sparse here is not the weights but what a token does with them: :class:`regrow.nn.SparkFFN` has the details.
+What is sparse here is not the weights but what a token does with them: ``regrow.nn.SparkFFN`` has the details.
 Each half keeps as many parameters as its two linear layers had, whatever the density; ``--density`` and the method are
 for the layers around it, the four of attention, which become plain blocks (at ``--density 1`` they are all there). The
 predictor of the paper's attention is not part of this option.
