@@ -10,6 +10,7 @@ from regrow import RegrowError, count_flops, densify, sparsify
 from regrow.bert.fused import fuse
 from regrow.nn import BlockSparseLinear, SparkFFN, statistical_top_k
 from regrow.nn.options import create
+from regrow.testing import check_layer
 
 from ..tolerances import assert_as_good_as_dense
 
@@ -158,3 +159,8 @@ def test_a_half_that_ends_in_another_width_is_refused():
 def test_bad_options_are_named(options):
     with pytest.raises(RegrowError, match=f"{next(iter(options))} must lie between"):
         create("spark", **options)
+
+
+def test_the_option_conforms():
+    report = check_layer("spark")
+    assert report.name == "spark" and report.weights == 16 * 64 + 5 * (16 + 32)
