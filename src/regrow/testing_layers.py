@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
 from regrow.errors import RegrowError
-from regrow.nn import densify, named_sparse_layers, sparsify
+from regrow.nn import BlockSparseLinear, densify, named_sparse_layers, sparsify
 from regrow.nn.flops import count_flops
 from regrow.nn.options import LayerOption, Place, create
 from regrow.nn.replace import built_places
@@ -230,6 +230,10 @@ class _Run:
 
     def __init__(self, option: LayerOption) -> None:
         self.model = network(option)
+        if not any(True for _ in named_sparse_layers(self.model)):  # an option without blocks comes behind some
+            generator = torch.Generator().manual_seed(7)
+            blocks = BlockSparseLinear(WIDTH, WIDTH, block_size=BLOCK, density=DENSITY, generator=generator)
+            self.model.insert(0, blocks)
         self.optimizer = AdamW(self.model.parameters(), lr=0.02)
         schedule = UpdateSchedule(STEPS, 6, 0.3)
         self.updater = TopologyUpdater(self.model, self.optimizer, "set", schedule=schedule, seed=2)

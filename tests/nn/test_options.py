@@ -7,7 +7,6 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertModel
 
+from regrow.bert.skipping import column_norms
 from regrow.entries import listed
 from regrow.errors import RegrowError
 from regrow.nn import BlockSparseLinear
@@ -89,7 +90,7 @@ def activation_sparsity(
     with _changed_inputs(layers, keep):
         before = loss()
     samples = {name: torch.cat(parts) for name, parts in seen.items()}
-    norms = {name: _column_norms(layer) for name, layer in layers.items()}
+    norms = {name: column_norms(layer) for name, layer in layers.items()}
 
     def trial(error: float) -> ActivationSparsity:
         limits = {name: _threshold(layer, samples[name], norms[name], error) for name, layer in layers.items()}
@@ -112,7 +113,10 @@ def _down_projections(model: nn.Module) -> dict[str, Any]:
             if hasattr(module, "fusions"):
                 raise RegrowError("activation_sparsity needs activations that a fused model never stores; load it anew")
             for number, layer in enumerate(module.encoder.layer):
-                found[f"{prefix + '.' if prefix else ''}encoder.layer.{number}.output.dense"] = layer.output.dense
+                name = f"{prefix + '.' if prefix else ''}encoder.layer.{number}.output.dense"
+                found[name] = down = layer.output.dense
+                if not isinstance(down, nn.Linear | BlockSparseLinear | Composite):
+                    raise RegrowError(f"{name} is {type(down).__name__}, which takes no hidden activations")
     if not found:
         raise RegrowError("there is no BERT encoder in the model")
     return found
@@ -129,17 +133,6 @@ def _changed_inputs(layers: Mapping[str, nn.Module], change: Callable[[str, Tens
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _column_norms(layer: Any) -> Tensor:
-    """``[in_features]``"""
-    if isinstance(layer, Composite):  # or an error: nothing is known of what it computes
-        return layer.to_dense().norm(dim=0)
-    if not isinstance(layer, BlockSparseLinear):
-        return layer.weight.norm(dim=0)
-    squares = layer.values.new_zeros(layer.topology.n_block_cols, layer.block_shape.cols)
-    squares.index_add_(0, layer.topology.coordinates()[1], layer.values.square().sum(1))
-    return squares.flatten().sqrt()
 
 
 def _threshold(layer: Any, a: Tensor, norms: Tensor, error: float, rounds: int = 20) -> float:

@@ -79,7 +79,8 @@ class PretrainConfig(TrainingOptions):
     block_size: int = _option(16, "edge of a block: 1, 4, 8, 16, 32 or 64")
     method: str = _option("dynsparse", "how the pattern moves; its own options are listed below")
     layer: str = _option(
-        DEFAULT, "what stands in the place of a linear layer (regrow methods lists all); its own options are listed below"
+        DEFAULT,
+        "what stands in the place of a linear layer (regrow methods lists all); its own options are listed below",
     )
     dense: bool = _option(False, "train the ordinary dense model instead: the baseline to compare with")
     steps: int = _option(1000, "optimizer steps")

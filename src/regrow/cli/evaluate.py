@@ -7,8 +7,9 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from regrow.bert.changes import changes
 from regrow.bert.essential import check_format, essential_sparsity, plot_sweep
@@ -19,10 +20,11 @@ from regrow.bert.output import check_new, new_output
 from regrow.bert.pretrain import PretrainConfig
 from regrow.bert.run import RunDirectory
 from regrow.bert.saved import load_saved
+from regrow.bert.skipping import Rule, skip_activations
 from regrow.bert.tasks.load import load_problem
 from regrow.bert.tasks.predictions import write_predictions
 from regrow.cli import finetune, pretrain
-from regrow.cli.parser import OneLineParser
+from regrow.cli.parser import OneLineParser, list_of
 from regrow.cli.training import table
 from regrow.errors import RegrowError
 
@@ -33,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
         if path is not None:
             check_new(path)
     _check_essential(asked)
+    _check_skip(asked)
     found: dict[str, Any]
     if asked.against is not None:
         found = _compare(asked)
@@ -40,8 +43,11 @@ def run(argv: Sequence[str]) -> int:
         found = _task(asked)
     else:
         found = _heldout(asked)
-    sweep = found.pop("essential", None)
+    sweep, skipped = found.pop("essential", None), found.pop("skipping", [])
     print(table([(name.replace("_", " "), _shown(value)) for name, value in found.items()]))
+    if skipped:
+        print(f"\n{_keeps(asked.skip, found, skipped)}")
+        found["skipping"] = skipped
     if sweep is not None:
         print(f"\n{sweep}")
         found["essential"] = asdict(sweep)
@@ -86,6 +92,7 @@ def _parser() -> OneLineParser:
         "  regrow evaluate runs/small --pseudo-perplexity 64\n"
         "  regrow evaluate bert/ --data corpus.txt\n"
         "  regrow evaluate runs/small-sst2 --predictions sst2.tsv\n"
+        "  regrow evaluate runs/small-sst2 --skip wina --keep 0.5,0.7,0.9\n"
         "  regrow evaluate runs/small-sst2 --against runs/small\n"
         "  regrow evaluate runs/small --essential --plot sweep.png",
     )
@@ -123,6 +130,19 @@ def _parser() -> OneLineParser:
     )
     sweep.add_argument("--prune-blocks", type=int, metavar="B", help="of a dense model, BxB blocks instead of weights")
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="new .png, .svg or .pdf of it (needs regrow[plot])")
+    skip = parser.add_argument_group("skipped activations")
+    skip.add_argument(
+        "--skip",
+        choices=get_args(Rule),
+        help="also with the input columns left out, token by token, that are lowest by |x| times the norm of the "
+        "weight's column (wina), by |x| (teal), or by |x| in the feed-forward halves' second layers alone (cats)",
+    )
+    skip.add_argument(
+        "--keep",
+        type=list_of(float),
+        metavar="SHARES",
+        help="shares of the columns that stay, with commas between (default: 0.5)",
+    )
     other = parser.add_argument_group("two models")
     other.add_argument("--against", metavar="MODEL", help="how many values are still what they are in this model")
     return parser
@@ -143,6 +163,15 @@ def _check_essential(asked: argparse.Namespace) -> None:
         check_format(asked.plot)
 
 
+def _check_skip(asked: argparse.Namespace) -> None:
+    if asked.keep is not None and asked.skip is None:
+        raise RegrowError("--keep says how much stays; name the rule with --skip")
+    if wrong := [keep for keep in asked.keep or () if not 0 < keep <= 1]:
+        raise RegrowError(f"--keep must lie in (0, 1], got {wrong[0]:g}")
+    if asked.skip is not None and asked.against is not None:
+        raise RegrowError("--skip evaluates one model; leave out --against")
+
+
 def _heldout(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.predictions is not None:
         raise RegrowError("--predictions is for fine-tuned models; name the --task")
@@ -155,14 +184,17 @@ def _heldout(asked: argparse.Namespace) -> dict[str, Any]:
     else:
         config = PretrainConfig(**{name: value for name, value in given.items() if value is not None})
     heldout = HeldOut(asked.model, config, asked.batch_size)
-    found = heldout.losses()
+    found: dict[str, Any] = heldout.losses()
+    found["skipping"] = _skipped(asked, heldout.model, heldout.losses)
     if asked.pseudo_perplexity is not None:
         found["pseudo_perplexity"] = heldout.pseudo_perplexity(asked.pseudo_perplexity)
     if asked.activations is not None:
         sparsity = heldout.activation_sparsity(asked.activations)
         found[f"activations_left_out_at_{asked.activations:g}"] = sparsity.share
         found |= {f"of_{name}": share for name, share in sparsity.by_layer.items()}
-    return found | ({"essential": heldout.essential_sparsity(asked.prune_blocks)} if asked.essential else {})
+    if asked.essential:
+        found["essential"] = heldout.essential_sparsity(asked.prune_blocks)
+    return found
 
 
 def _task(asked: argparse.Namespace) -> dict[str, Any]:
@@ -184,10 +216,13 @@ def _task(asked: argparse.Namespace) -> dict[str, Any]:
     problem, _ = load_problem(config, train=False)
     if not type(model).__name__.endswith(problem.head):
         raise RegrowError(f"{asked.model} is a {type(model).__name__}, without a head for {config.task}; fine-tune it")
-    predicted = problem.predict(fuse(model), batch_size=asked.batch_size, progress=True)
+    fuse(model)
+    predicted = problem.predict(model, batch_size=asked.batch_size, progress=True)
     if asked.predictions is not None:
         write_predictions(problem, predicted, asked.predictions)
     found: dict[str, Any] = dict(problem.score(predicted))
+    again = partial(problem.evaluate, model, batch_size=asked.batch_size, progress=True)
+    found["skipping"] = _skipped(asked, model, again)
     if asked.essential:
         found["essential"] = essential_sparsity(
             model,
@@ -198,6 +233,25 @@ def _task(asked: argparse.Namespace) -> dict[str, Any]:
             progress=True,
         )
     return found
+
+
+def _skipped(asked: argparse.Namespace, model: Any, evaluate: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
+    """What is found for every share that is kept."""
+    rows = []
+    for keep in (asked.keep or [0.5]) if asked.skip is not None else ():
+        with skip_activations(model, asked.skip, keep):
+            rows.append({"keep": keep, **evaluate()})
+    return rows
+
+
+def _keeps(rule: str, whole: dict[str, float], skipped: list[dict[str, float]]) -> str:
+    """Metrics by the share that is kept, ending with all of it."""
+    names = [name for name in skipped[0] if name != "keep"]
+    lines = [[f"keep ({rule})", *(name.replace("_", " ") for name in names)]]
+    rows = [*skipped, {"keep": 1.0, **{name: whole[name] for name in names}}]
+    lines += [[f"{row['keep']:g}", *(_shown(row[name]) for name in names)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def _compare(asked: argparse.Namespace) -> dict[str, Any]:

@@ -5,11 +5,14 @@
 #include "ffn.h"
 #include "gathered.h"
 #include "attention.h"
+#include "gather.h"
 #include "kernels.h"
 #include "loss.h"
 #include "norm.h"
+#include "spark.h"
 #include "sparse_attention.h"
 #include "table.h"
+#include "top.h"
 
 // clang-format off
 #define REGROW_TABLE(identifier, isa)      \
@@ -32,6 +35,14 @@
         .ffn_plan = ffn_plan_any,          \
         .ffn = ffn_any,                    \
         .ffn_backward = ffn_backward_any,  \
+        .gather_copy = gather_copy,        \
+        .gather_sum = gather_sum,          \
+        .gather_dot = gather_dot,          \
+        .top_columns = top_columns,        \
+        .spark_thresholds = spark_thresholds,     \
+        .spark_select = spark_select,      \
+        .spark_hidden = spark_hidden,      \
+        .spark_slopes = spark_slopes,      \
         .adamw = adamw,                    \
         .cross_entropy = cross_entropy,    \
         .dropout = dropout_any,            \

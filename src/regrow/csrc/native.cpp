@@ -158,6 +158,8 @@ void bind_encoder(nb::module_& m);  // native_encoder.cpp
 void bind_loss(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_ffn(nb::module_& m);  // native_ffn.cpp
+void bind_gather(nb::module_& m);  // native_gather.cpp
+void bind_spark(nb::module_& m);
 void bind_gathered(nb::module_& m);
 void bind_sparse_attention(nb::module_& m);
 
@@ -185,6 +187,8 @@ NB_MODULE(_native, m) {
     bind_loss(m);
     bind_norm(m);
     bind_ffn(m);
+    bind_gather(m);
+    bind_spark(m);
     bind_gathered(m);
     bind_attention(m);
     bind_sparse_attention(m);

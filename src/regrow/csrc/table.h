@@ -202,6 +202,52 @@ struct EncoderArgs {        // y = LayerNorm1(x + attention half), x = LayerNorm
     float *sums, *hidden;   // panels of all tokens, where they are few
 };
 
+struct GatherArgs {         // lists of rows of a table: positions [ptr[r], ptr[r + 1]) are those of row r
+    const float* table;     // rows `stride` apart
+    const float* copied;    // the table as gather_copy leaves it; or null
+    int64_t table_rows, stride, width;  // width: columns that take part
+    const int32_t* idx;     // which row of the table
+    int64_t rows;           // lists
+    const int32_t* cuts;    // [slabs + 1, rows]: where a list enters each slab of the table's rows
+    int64_t slabs;
+    // Sums: out[r] = start + sum of weights[p] * table[idx[p]].
+    const float* weights;
+    const float* start;     // [width] or null
+    float* out;             // [rows, width], rows out_stride apart
+    int64_t out_stride;
+    // Products: dots[p] = lead[r] . table[idx[p]].
+    const float* lead;      // rows lead_stride apart
+    int64_t lead_stride;
+    float* dots;
+};
+
+struct TopArgs {            // the `keep` columns of a row with the greatest |x| * norm
+    const float* x;         // [rows, width]
+    const float* norms;     // [width] or null
+    int64_t width, keep;
+    int32_t* idx;           // [rows, keep] ascending in a row
+    float* numbers;         // [rows, keep] x there
+};
+
+struct SparkArgs {          // units above a threshold of their token: mean + quantile * deviation
+    const float* z;         // [n_tokens, hidden]
+    int64_t hidden;
+    float quantile;
+    float *mean, *deviation;  // [n_tokens] of z
+    float* limit;           // [n_tokens] the threshold
+    int32_t* counts;        // [n_tokens]
+    const int32_t* ptr;     // [n_tokens + 1] of the lists
+    int32_t* idx;           // units
+    float* over;            // z less the threshold
+};
+
+struct SparkGradArgs {      // of h = gelu(over) * up
+    const int32_t* ptr;
+    const float *over, *up, *dh;
+    float *h, *dup, *dover;
+    float* total;           // [n_tokens] sum of dover
+};
+
 constexpr int64_t kFewTokens = 64;
 // What the threads do between waiting for each other: a layer is kAttend and kTiles, or of few tokens all the others.
 // Items are pairs of a sequence and a head (kAttend), units of tokens (kTiles), block rows of the weight (k...Rows), groups of
@@ -241,6 +287,17 @@ struct KernelTable {
     // Tokens [t0, t1).
     void (*ffn)(const FfnArgs&, int64_t t0, int64_t t1, float* scratch);
     void (*ffn_backward)(const FfnArgs&, int64_t t0, int64_t t1, float* scratch, const LayerSums&);
+    // Rows [r0, r1), of the table or of lists.
+    void (*gather_copy)(const GatherArgs&, int64_t r0, int64_t r1, float* to);
+    void (*gather_sum)(const GatherArgs&, int64_t r0, int64_t r1);
+    void (*gather_dot)(const GatherArgs&, int64_t r0, int64_t r1);
+    // `scratch` holds a row, rounded up to 16 floats.
+    void (*top_columns)(const TopArgs&, int64_t r0, int64_t r1, float* scratch);
+    // Tokens [t0, t1); positions [p0, p1) of all lists.
+    void (*spark_thresholds)(const SparkArgs&, int64_t t0, int64_t t1);
+    void (*spark_select)(const SparkArgs&, int64_t t0, int64_t t1);
+    void (*spark_hidden)(const float* over, const float* up, int64_t p0, int64_t p1, float* h);
+    void (*spark_slopes)(const SparkGradArgs&, int64_t t0, int64_t t1);
     // Blocks [b0, b1).
     void (*adamw)(const AdamwArgs&, int64_t b0, int64_t b1);
     // Rows [r0, r1); the gradient's sum is added to `sum` [classes].

@@ -12,6 +12,15 @@ inline void check_range(const int32_t* v, const std::string& name, int64_t size,
     }
 }
 
+// Lists, of which row r owns the positions [ptr[r], ptr[r + 1]) of n.
+inline void check_ptr(const int32_t* ptr, int64_t rows, int64_t n) {
+    if (ptr[0] != 0) fail("ptr starts at " + std::to_string(ptr[0]) + ", not 0");
+    for (int64_t r = 0; r < rows; ++r) {
+        if (ptr[r + 1] < ptr[r]) fail("ptr decreases at position " + std::to_string(r + 1));
+    }
+    if (ptr[rows] != n) fail("ptr ends at " + std::to_string(ptr[rows]) + ", not at " + std::to_string(n));
+}
+
 // `which` ends the names of the arrays, where there are several weights.
 inline void check_indices(const int32_t* row_ptr, const int32_t* col_idx, const int32_t* slot, int64_t rows,
                           int64_t cols, int64_t n_blocks, const std::string& which = "") {

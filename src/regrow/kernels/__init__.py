@@ -18,13 +18,25 @@ blocks only; :func:`spmm_gelu` is ``gelu(x W^T + bias)`` in one pass. These four
 Beside them is what a transformer layer has between its products: :func:`attention` over packed sequences;
 :func:`dropout_add_norm`, which is dropout, residual sum and LayerNorm in one pass; dropout by a seed alone, in
 :mod:`regrow.kernels.dropout`; and both halves of a layer as one operation, whose activations in between never leave the
-caches: :func:`ffn` and :func:`sparse_attention`.
+caches: :func:`ffn` and :func:`sparse_attention`. :func:`spark_ffn` is a feed-forward half of dense weights of which
+each token uses a few hidden units.
 """
 
 from regrow.kernels.attention import attention
 from regrow.kernels.ffn import ffn
 from regrow.kernels.norm import dropout_add_norm
 from regrow.kernels.ops import sddmm, spmm, spmm_gelu, spmm_t
+from regrow.kernels.spark import spark_ffn
 from regrow.kernels.sparse_attention import sparse_attention
 
-__all__ = ["attention", "dropout_add_norm", "ffn", "sddmm", "sparse_attention", "spmm", "spmm_gelu", "spmm_t"]
+__all__ = [
+    "attention",
+    "dropout_add_norm",
+    "ffn",
+    "sddmm",
+    "spark_ffn",
+    "sparse_attention",
+    "spmm",
+    "spmm_gelu",
+    "spmm_t",
+]

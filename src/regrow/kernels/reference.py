@@ -88,6 +88,37 @@ def ffn_backward(g: Tensor, x: Tensor, first: Weight, second: Weight) -> tuple[T
     return *spmm_backward(df * slope, x, first), dvalues2, dbias2
 
 
+def spark_ffn(x: Tensor, z: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, quantile: float) -> Tensor:
+    """``y`` from ``x [N, in]`` and the gates ``z [N, hidden]``; see :func:`regrow.kernels.spark.spark_ffn`."""
+    over, _, _ = _above_threshold(z, quantile)
+    y = (gelu(over) * (x[:, -up.shape[1] :] @ up.T)) @ down
+    return y if bias is None else y + bias
+
+
+def spark_ffn_backward(
+    g: Tensor, x: Tensor, z: Tensor, gate: Tensor, up: Tensor, down: Tensor, quantile: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the whole in ``x``, ``gate``, its bias, ``up``, ``down`` and the bias, from ``g [N, out]``."""
+    r, hidden = gate.shape[1], gate.shape[0]
+    over, off, deviation = _above_threshold(z, quantile)
+    first, second = x[:, :r], x[:, r:]
+    f, slope = gelu_with_slope(over)
+    up_x, dh = second @ up.T, g @ down.T
+    dup = dh * f
+    dover = torch.where(over != 0, dh * up_x * slope, 0.0)
+    through = dover.sum(1, keepdim=True) / hidden
+    dz = dover - through - torch.where(deviation > 0, through * quantile / deviation, 0.0) * off
+    dx = torch.cat([dz @ gate, dup @ up], 1)
+    return dx, dz.T @ first, dz.sum(0), dup.T @ second, (f * up_x).T @ g, g.sum(0)
+
+
+def _above_threshold(z: Tensor, quantile: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``max(z - threshold, 0)``; ``z`` less its mean; and its standard deviation ``[N, 1]``."""
+    off = z - z.mean(1, keepdim=True)
+    deviation = off.square().mean(1, keepdim=True).sqrt()
+    return torch.relu(off - quantile * deviation), off, deviation
+
+
 def owners(row_ptr: Tensor) -> Tensor:
     """The block row of each position: ``row_ptr [R+1]`` -> ``[n_blocks]``.
 

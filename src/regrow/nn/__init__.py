@@ -8,6 +8,7 @@ from regrow.nn.loss import linear_cross_entropy
 from regrow.nn.masked import MaskedLinear, mask_linears
 from regrow.nn.merged import merged_linear
 from regrow.nn.norm import DropoutAddNorm, dropout, dropout_add_norm
+from regrow.nn.spark import SparkFFN, statistical_top_k
 from regrow.nn.sparse_attention import sparse_attention
 from regrow.nn.sparsify import densify, density_of, named_sparse_layers, sparsify
 from regrow.nn.transformed import TransformedLinear, harden, named_transformed_layers, transform_linears
@@ -18,6 +19,7 @@ __all__ = [
     "DropoutAddNorm",
     "GatheredLinear",
     "MaskedLinear",
+    "SparkFFN",
     "TransformedLinear",
     "attention",
     "densify",
@@ -33,5 +35,6 @@ __all__ = [
     "sparse_attention",
     "sparse_ffn",
     "sparsify",
+    "statistical_top_k",
     "transform_linears",
 ]

@@ -19,18 +19,21 @@ from regrow.nn.flops_family import (
     EMBEDDINGS,
     ENCODER,
     Costs,
+    Family,
     Role,
     Rows,
     attention_width,
     has_no_product,
     recomputed_by,
     refuse_unknown,
+    register_family,
     role_of,
 )
 from regrow.nn.flops_report import Convention, Flops, FlopsReport, LayerFlops, NotCounted, UpdateFlops
 from regrow.nn.linear import BlockSparseLinear
 from regrow.nn.options import Composite, DenseFactor
 from regrow.nn.shape import BlockShape
+from regrow.nn.spark import SparkFFN
 
 ADAMW_FLOPS = 14
 """Of one step of one weight: decay 1, first moment 3, second moment 4, denominator 3, step 3; a root counts as one."""
@@ -201,7 +204,7 @@ def _costs(
             yield module, LayerFlops(name, ATTENTION, tokens, 0, 0, Flops(flops, 2 * flops * needed, 0))
         elif isinstance(module, nn.Embedding):
             yield module, LayerFlops(name, EMBEDDINGS, batch_size * per_sequence["tokens"], 0, 0, Flops())
-        elif isinstance(module, nn.Linear | BlockSparseLinear | DenseFactor):
+        elif isinstance(module, nn.Linear | BlockSparseLinear | DenseFactor | SparkFFN):
             place, role = role_of(modules, name)
             globs = [glob for glob in given if fnmatchcase(name, glob)]
             unused -= set(globs[:1])
@@ -239,12 +242,17 @@ def _inside_out(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[
 
 def _layer(
     name: str,
-    module: nn.Linear | BlockSparseLinear | DenseFactor,
+    module: nn.Linear | BlockSparseLinear | DenseFactor | SparkFFN,
     role: Role,
     rows: int,
     with_input: bool,
     every_gradient: bool,
 ) -> LayerFlops:
+    if isinstance(module, SparkFFN):
+        forward, back, weights = module.flops(rows, with_input)
+        counted = Flops(forward, back, weights * (every_gradient or module.gate.requires_grad))
+        elements = 2 * module.hidden * module.intermediate
+        return LayerFlops(name, role.part, rows, forward // (2 * max(rows, 1)), elements, counted)
     weight = module.values if isinstance(module, BlockSparseLinear) else module.weight
     flops = 2 * rows * weight.numel()
     # Of a learned mask the logits train; their gradient takes that of the weight, which itself may be frozen.
@@ -307,8 +315,11 @@ def _updates(costs: Costs, method: UpdateRule, schedule: Schedule) -> UpdateFlop
 
 
 def _not_counted(model: nn.Module) -> Iterator[NotCounted]:
-    known = nn.Linear, BlockSparseLinear, DenseFactor, nn.Embedding, *_WITHOUT_PRODUCTS
+    known = nn.Linear, BlockSparseLinear, DenseFactor, SparkFFN, nn.Embedding, *_WITHOUT_PRODUCTS
     for name, module in model.named_modules():
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if parameters and not isinstance(module, known) and not has_no_product(module):
             yield NotCounted(name, type(module).__name__, parameters)
+
+
+register_family(Family({}, {}, recomputed={SparkFFN: lambda half, costs: half.recomputed_flops(costs[half].rows)}))

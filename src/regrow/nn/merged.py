@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regrow import kernels
 from regrow.errors import RegrowError
+from regrow.nn.ffn import hooked
 from regrow.nn.linear import BlockSparseLinear
 
 
@@ -19,7 +20,7 @@ def merged_linear(layers: Sequence[BlockSparseLinear], x: Tensor) -> Tensor:
     while it computes them. The layers keep their parameters; only their few blocks and indices are put side by side.
 
     Args:
-        layers: of equal ``in_features`` and block size, without an activation. If a layer carries a forward hook, all
+        layers: of equal ``in_features`` and block size, without an activation. If a layer carries a hook, all
             are called one by one.
         x: ``[..., in_features]``.
 
@@ -39,7 +40,7 @@ def merged_linear(layers: Sequence[BlockSparseLinear], x: Tensor) -> Tensor:
     for layer in layers:
         if (layer.in_features, layer.block_shape, layer.activation) != (first.in_features, first.block_shape, None):
             raise RegrowError("merged_linear needs layers of equal in_features and block size, without activation")
-    if any(layer._forward_hooks for layer in layers):
+    if any(hooked(layer) for layer in layers):
         return torch.cat([layer(x) for layer in layers], -1)
     if x.shape[-1] != first.in_features:
         raise RegrowError(f"merged_linear expects inputs of {first.in_features} features, got shape {list(x.shape)}")
