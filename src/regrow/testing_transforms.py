@@ -22,7 +22,7 @@ from regrow.methods.catalog import entry
 from regrow.nn import TransformedLinear, harden, named_transformed_layers, transform_linears
 from regrow.nn.transformed import Moment
 from regrow.optim import AdamW
-from regrow.testing import _check_declaration, _check_ranks
+from regrow.testing import _check_ranks, check_declaration
 from regrow.training import UpdateSchedule
 from regrow.training.transformed import TransformedTraining
 
@@ -67,7 +67,7 @@ def check_transform(method: str | WeightTransform, *, ranks: int = 2) -> Transfo
     """
     created = create(method) if isinstance(method, str) else method
     assert isinstance(created, WeightTransform), f"{created.name} is no WeightTransform"
-    _check_declaration(created)
+    check_declaration(created)
     _check_listings(created)
     for step in range(5):
         _check_layer(created, Moment(step, 4, seed=step))

@@ -80,7 +80,7 @@ class PretrainConfig(TrainingOptions):
     method: str = _option("dynsparse", "how the pattern moves; its own options are listed below")
     layer: str = _option(
         DEFAULT,
-        "what stands in the place of a linear layer (regrow methods lists all); its own options are listed below",
+        "what stands in the place of a linear layer, of those that regrow methods lists; its options are below",
     )
     dense: bool = _option(False, "train the ordinary dense model instead: the baseline to compare with")
     steps: int = _option(1000, "optimizer steps")

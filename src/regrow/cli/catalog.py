@@ -19,14 +19,14 @@ _DECLARING = ("regrow.topology", "regrow.optim", "regrow.bert", "regrow.study")
 """Rooms in which rules and tools are declared, beside their code; each is searched to the bottom."""
 _ALWAYS_SPARSE = "Always sparse: nothing of a dense weight's size or cost is ever computed."
 _CONTROLS = (
-    "They train dense weights at dense cost, and mask or transform them: nothing is saved here. What a transform leaves "
-    "may be an N:M pattern that other hardware can use."
+    "They train dense weights at dense cost, and mask or transform them: nothing is saved here. What a transform "
+    "leaves may be an N:M pattern that other hardware can use."
 )
 _LAYERS = (
     "What stands in the place of a linear layer, `regrow pretrain --layer NAME` or `regrow.sparsify(model, ..., "
-    "layer=NAME)`; any method may move its blocks. Those for feed-forward halves leave plain blocks elsewhere. Products: "
-    "of a token at a 768 -> 3072 layer (density 0.1, 16x16 blocks), as a share of the dense layer's; of a feed-forward "
-    "half those of the half."
+    "layer=NAME)`; any method may move its blocks. Those for feed-forward halves leave plain blocks elsewhere. "
+    "Products: of a token at a 768 -> 3072 layer (density 0.1, 16x16 blocks), as a share of the dense layer's; of a "
+    "feed-forward half those of the half."
 )
 _WIDTH = 110
 

@@ -124,9 +124,9 @@ class Gradient:
 
         The Frobenius norm of the block of ``G`` at ``(i, j)`` is at most the product of its two: Cauchy and Schwarz.
         """
-        b = self.block_size
         squares = (torch.linalg.vector_norm(t, dim=0).double().square() for t in (self.g, self.x))
-        rows, cols = (summed(square.view(-1, b).sum(1)).sqrt() for square in squares)
+        sides = zip(squares, self.block_shape, strict=True)
+        rows, cols = (summed(square.view(-1, edge).sum(1)).sqrt() for square, edge in sides)
         return rows, cols
 
     def sketches(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
