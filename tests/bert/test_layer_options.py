@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,8 +131,6 @@ def test_a_run_is_saved_resumed_loaded_and_inspected(
 
 def _copy_run(source: Path, target: Path, step: int) -> None:
     """The run as if it had been killed after the checkpoint of ``step``."""
-    import shutil
-
     shutil.copytree(source, target)
     for checkpoint in (target / "checkpoints").iterdir():
         if int(checkpoint.name.rpartition("-")[2]) > step:
@@ -254,7 +256,7 @@ def test_what_cannot_be_done_says_so(tmp_path: Path) -> None:
     with pytest.raises(RegrowError, match="prepare needs all six layers sparse"):
         prepare(bert("lowrank").eval())
     bert("parallel").save_pretrained(tmp_path / "parallel")
-    with pytest.raises(RegrowError, match="which no nn.Linear of 64 -> 256 can stand for"):
+    with pytest.raises(RegrowError, match=r"which no nn\.Linear of 64 -> 256 can stand for"):
         export_dense(tmp_path / "parallel", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -280,6 +282,65 @@ def test_soups_are_made_of_one_kind_of_layer() -> None:
         for alpha in (4.0, 8.0)
     ]
     assert "LowRank(rank=4, alpha=8.0), not LowRank(rank=4, alpha=4.0)" in _different_pattern(*models)
+
+
+PLUGIN = '''
+"""Twice: everything times two.
+
+>>> Twice().factor
+2.0
+"""
+from dataclasses import dataclass, field
+
+from regrow.nn.options import Composite, LayerOption, dense_weight, register_layer
+
+
+class TwiceLinear(Composite):
+    """y = factor * (S x + bias)"""
+
+    def __init__(self, place, factor):
+        super().__init__(place.in_features, place.out_features)
+        self.sparse, self.factor = place.of(place.in_features, place.out_features, bias=False).blocks(), factor
+
+    def compute(self, x):
+        return self.factor * self.sparse(x)
+
+    def dense_weight(self):
+        return self.factor * dense_weight(self.sparse)
+
+
+@register_layer("twice")
+@dataclass(frozen=True)
+class Twice(LayerOption):
+    """Everything times two."""
+
+    paper = "A throw-away example"
+    year = 2026
+    link = "https://example.org"
+
+    factor: float = field(default=2.0, metadata={"help": "times so much"})
+
+    def build(self, place):
+        return TwiceLinear(place, self.factor)
+'''
+
+
+def test_an_option_of_another_package_is_listed_gets_flags_and_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "twice_as_much.py").write_text(PLUGIN)
+    info = tmp_path / "twice_as_much-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: twice-as-much\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[regrow.layers]\ntwice = twice_as_much\n")
+
+    def run(*argv: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert "\ntwice " in run("-m", "regrow", "methods", "--layers")
+    shown = run("-m", "regrow", "pretrain", "--layer", "twice", "--help")
+    assert "options of --layer twice" in shown and "--factor" in shown and "times so much" in shown
+    assert run("-c", "from regrow.testing import check_layer; print(check_layer('twice').name)") == "twice\n"
 
 
 # ---- two processes ------------------------------------------------------------------------------------
