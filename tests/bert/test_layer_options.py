@@ -44,9 +44,13 @@ OTHERS = [name for name in available() if name != "blocks"]
 SMALL = bert_config("1/64", vocab_size=60, max_length=16)
 
 
+def edge(layer: str) -> int:
+    return create(layer).block_size or 8
+
+
 def bert(layer: str, fuse: str = "all", **options: object) -> nn.Module:
     torch.manual_seed(0)
-    settings = {"density": 0.25, "block_size": 8, "fusions": Fusions.named(fuse), "seed": 1} | options
+    settings = {"density": 0.25, "block_size": edge(layer), "fusions": Fusions.named(fuse), "seed": 1} | options
     return build_model(SMALL, layer=create(layer), **settings)
 
 
@@ -81,10 +85,10 @@ def test_fused_code_computes_what_the_modules_do(layer: str) -> None:
 @pytest.mark.parametrize("layer", OTHERS)
 def test_a_skeleton_counts_as_the_model_does(layer: str) -> None:
     sizes = {"batch_size": 2, "seq_length": 16}
-    skeleton = bert_skeleton(SMALL, density=0.25, block_size=8, layer=layer)
+    skeleton = bert_skeleton(SMALL, density=0.25, block_size=edge(layer), layer=layer)
     ours, theirs = (count_flops(model, **sizes) for model in (skeleton, bert(layer)))
     assert ours.layers == theirs.layers and ours.recomputed == theirs.recomputed
-    expected = count_flops(bert_skeleton(SMALL, density=0.25, block_size=8), **sizes).not_counted
+    expected = count_flops(bert_skeleton(SMALL, density=0.25, block_size=edge(layer)), **sizes).not_counted
     assert ours.not_counted == theirs.not_counted == expected
     assert all(parameter.is_meta for _, part in named_sparse_layers(skeleton) for parameter in part.parameters())
 

@@ -42,7 +42,8 @@ def half(width: int = 32, hidden: int = 64) -> nn.Sequential:
 
 
 def sparse_half(layer: str | LayerOption, **options: object) -> nn.Sequential:
-    return sparsify(half(), layer=layer, seed=1, **({"density": 0.25, "block_size": 4} | options))
+    block_size = (create(layer) if isinstance(layer, str) else layer).block_size or 4
+    return sparsify(half(), layer=layer, seed=1, **({"density": 0.25, "block_size": block_size} | options))
 
 
 def train(model: nn.Module, steps: int, method: str = "static", lr: float = 0.02, total: int = 20) -> TopologyUpdater:

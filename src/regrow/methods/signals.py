@@ -84,7 +84,7 @@ class Gradient:
         shape = BlockShape.of(block_size)
         if x.shape[0] != g.shape[0] or x.shape[1] % shape.cols or g.shape[1] % shape.rows:
             raise RegrowError(f"x {list(x.shape)} and g {list(g.shape)} do not fit blocks of {shape}")
-        self.x, self.g, self.block_shape = x, g, shape
+        self.x, self.g, self.block_shape, self.block_size = x, g, shape, shape.rows
         self.n_block_rows, self.n_block_cols = g.shape[1] // shape.rows, x.shape[1] // shape.cols
 
     def at(self, rows: Tensor, cols: Tensor) -> Tensor:
