@@ -251,8 +251,9 @@ class _Run:
     def resumed(self, option: LayerOption) -> _Run:
         state = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.updater.state_dict()))
         other = _Run(option)
-        for part, saved in zip((other.model, other.optimizer, other.updater), state, strict=True):
-            part.load_state_dict(saved)
+        other.model.load_state_dict(state[0])
+        other.optimizer.load_state_dict(state[1])
+        other.updater.load_state_dict(state[2])
         return other
 
 

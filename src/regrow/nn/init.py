@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 STD = 0.02
 """BERT's standard deviation of initial weights; also ``w_std`` of the group lasso."""
+TRUNCATED = 0.8796
+"""Deviation of a normal truncated at two deviations, as a share of the normal's."""
 
 
 def initialise_(values: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regrow.nn.init import STD
+from regrow.nn.init import STD, TRUNCATED
 from regrow.nn.options import ift
 from regrow.nn.options.base import LayerOption, Place, dense_weight, register_layer
 from regrow.nn.options.composite import Composite
@@ -39,10 +39,10 @@ class FactorizedLinear(Composite):
         first, second = ift.two_factors(place)
         self.first, self.second = first.blocks(), second.blocks()
         if not place.is_meta:
-            # An element of the product sums inner * density^2 products of two values, each of deviation f * STD.
+            # An element of the product sums so many products of two values; it is to have the deviation STD.
             terms = self.first.out_features * self.first.density * self.second.density
             for layer in (self.first, self.second):
-                layer.values.data *= (terms * STD**2) ** -0.25
+                layer.values.data *= (STD**2 / terms) ** 0.25 / (TRUNCATED * STD)
 
     def compute(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))

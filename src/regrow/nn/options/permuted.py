@@ -14,11 +14,12 @@ after every optimizer step (Sinkhorn) bring it back to that. Such a matrix is a 
 
 .. math:: penalty = \\sum_{rows} (\\|m\\|_1 - \\|m\\|_2) + \\sum_{columns} (\\|m\\|_1 - \\|m\\|_2)
 
-is zero. ``penalty`` times its gradient is added to that of ``M`` in every backward pass (the 1-norms are 1 and have
-none). Once the penalty per row is below ``threshold``, or a share ``harden_by`` of training is over, ``M`` becomes the
-permutation nearest to it, an index gather, and is given up with its optimizer state. Until then the layer costs
-``in^2`` multiplications a token more than its blocks: it is then *not* sparse. It takes a
-:class:`~regrow.TopologyUpdater` (so also ``regrow pretrain`` and the Trainer callback, with any method) to see to that.
+is zero. ``penalty`` times its gradient is added to that of ``M`` in every backward pass, and of both the part that
+would change those sums is left out (of the 1-norms, all). Once the penalty per row is below ``threshold``, or a share
+``harden_by`` of training is over, ``M`` becomes the permutation nearest to it, an index gather, and is given up with
+its optimizer state. Until then the layer costs ``in^2`` multiplications a token more than its blocks: it is then *not*
+sparse. It takes a :class:`~regrow.TopologyUpdater` (so also ``regrow pretrain`` and the Trainer callback, with any
+method) to see to that.
 
 Two by two, three quarters on the diagonal: each row and column misses 1 - sqrt(.75^2 + .25^2) = .209, so the
 penalty is .419 a row, and the nearest permutation is the identity:
@@ -61,7 +62,7 @@ def nearest_permutation(matrix: Tensor) -> Tensor:
 
 
 class _Penalised(torch.autograd.Function):
-    """The identity; in the backward pass the penalty's gradient joins."""
+    """The identity; in the backward pass the penalty's gradient joins, and what would only change the sums goes."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, strength: float) -> Tensor:
@@ -73,7 +74,20 @@ class _Penalised(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (matrix,) = ctx.saved_tensors
         rows, columns = (torch.linalg.vector_norm(matrix, dim=d, keepdim=True).clamp_min(1e-30) for d in (1, 0))
-        return grads[0] - ctx.strength * matrix * (1 / rows + 1 / columns), None
+        return tangent(grads[0] - ctx.strength * matrix * (1 / rows + 1 / columns)), None
+
+
+def tangent(gradient: Tensor) -> Tensor:
+    """The part that leaves the sums of all rows and columns as they are.
+
+    Adam steps as far along a small gradient as along a large one. So one that all elements share, which
+    normalisation would undo under plain descent, would make them all alike.
+
+    >>> tangent(torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
+    tensor([[ 0.5000, -0.5000],
+            [-0.5000,  0.5000]])
+    """
+    return gradient - gradient.mean(0, keepdim=True) - gradient.mean(1, keepdim=True) + gradient.mean()
 
 
 class ShuffleMatrix(DenseFactor):
