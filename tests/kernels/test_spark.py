@@ -12,7 +12,7 @@ from regrow.kernels.spark import _active
 from regrow.nn.spark import quantile_of, statistical_top_k
 
 from ..allocations import LargestTensor
-from ..tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_dense
+from ..tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_dense, assert_same_numbers
 from .problems import normal
 
 NAMES = ("x", "gate", "gate_bias", "up", "down", "bias")
@@ -74,7 +74,10 @@ def test_values_and_gradients(n: int, width: int, r: int, hidden: int, out: int,
 @pytest.mark.parametrize(("width", "r", "hidden", "out"), [(2, 1, 2, 1), (33, 32, 3, 1), (33, 1, 40, 17)])
 @pytest.mark.parametrize("keep", [0.01, 0.3, 0.5, 0.99])
 def test_awkward_shapes(width: int, r: int, hidden: int, out: int, keep: float, isa: str) -> None:
-    Problem(13, width, r, hidden, out, keep).check()
+    """Numbers from the right places: the error of one GELU is not lost in so few sums."""
+    problem = Problem(13, width, r, hidden, out, keep)
+    for ours, exact in zip(problem.run(problem.ours), problem.run(problem.dense, torch.float64), strict=True):
+        assert_same_numbers(ours, exact)
 
 
 def test_several_slabs(isa: str) -> None:

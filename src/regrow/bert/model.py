@@ -146,11 +146,11 @@ def stored_bytes(model: nn.Module) -> int:
 
 def dense_bytes(model: nn.Module) -> int:
     """Bytes the same model takes when every sparse layer is an ``nn.Linear``."""
-    excess = 0
+    excess, element = 0, next(model.parameters()).element_size()
     inside: set[int] = set()
     for _, module, built in built_places(model):
         tensors = module.state_dict().values()
-        size = next(module.parameters()).element_size()
+        size = next((p.element_size() for p in module.parameters()), element)  # none: the other half has all
         excess += built.dense_elements * size - sum(t.numel() * t.element_size() for t in tensors)
         inside |= {id(part) for part in module.modules()}
     for _, layer in named_sparse_layers(model):

@@ -17,7 +17,7 @@ from regrow.nn import BlockSparseLinear
 from regrow.nn.options import Composite
 
 Rule = Literal["wina", "teal", "cats"]
-FEW_TOKENS = 64
+FEW_TOKENS = 16
 """For so many tokens at most a dense layer multiplies with the columns that stay alone."""
 _INPUTS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 _HALVES = ("intermediate.dense", "output.dense")

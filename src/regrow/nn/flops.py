@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import nn
 
@@ -322,9 +322,8 @@ def _not_counted(model: nn.Module) -> Iterator[NotCounted]:
             yield NotCounted(name, type(module).__name__, parameters)
 
 
-def _recomputed(half: Any, costs: Costs) -> int:
-    flops: int = half.recomputed_flops(costs[half].rows)
-    return flops
+def _recomputed(half: nn.Module, costs: Costs) -> int:
+    return half.recomputed_flops(costs[half].rows) if isinstance(half, SparkFFN) else 0
 
 
 register_family(Family({}, {}, recomputed={SparkFFN: _recomputed}))
