@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertModel
 
+from regrow.entries import listed
 from regrow.errors import RegrowError
 from regrow.kernels.cpu import supports_rows
 from regrow.kernels.gather import copy_table, gather_sum, top_columns
@@ -48,18 +49,46 @@ class Skipping:
         self.remove()
 
 
+@listed(
+    "tool",
+    "wina",
+    paper="Chen et al., WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference",
+    year=2025,
+    link="https://arxiv.org/abs/2505.19427",
+    always_sparse=True,
+    command="regrow evaluate MODEL --skip wina --keep 0.5,0.7,0.9",
+    does="Skip, token by token, the inputs that count least by their size and the norm of their weights.",
+)
+@listed(
+    "tool",
+    "teal",
+    paper="Liu et al., Training-Free Activation Sparsity in Large Language Models",
+    year=2024,
+    link="https://arxiv.org/abs/2408.14690",
+    always_sparse=True,
+    command="regrow evaluate MODEL --skip teal --keep 0.5,0.7,0.9",
+    does="Skip, token by token, the smallest inputs of every layer.",
+)
+@listed(
+    "tool",
+    "cats",
+    paper="Lee et al., CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models",
+    year=2024,
+    link="https://arxiv.org/abs/2404.08763",
+    always_sparse=True,
+    command="regrow evaluate MODEL --skip cats --keep 0.5,0.7,0.9",
+    does="Skip, token by token, the smallest hidden activations of feed-forward halves.",
+)
 def skip_activations(model: nn.Module, rule: Rule = "wina", keep: float = 0.5) -> Skipping:
-    r"""Make the encoder of ``model`` leave out input columns, for each token those that a rule scores lowest.
+    """Make the encoder of ``model`` leave out input columns, for each token those that a rule scores lowest.
 
-    Of every input ``x`` of a linear layer with weight ``W`` the share ``keep`` of the columns ``i`` stays that have the
-    greatest
+    Of every input ``x`` of a linear layer with weight ``W`` the share ``keep`` of the columns ``i`` stays that are
+    greatest by
 
-    ======== ================================= ===================================================================
-    ``wina`` :math:`|x_i| \, \|W_{:,i}\|_2`     in every layer of the encoder; the error it makes is the least there is
-                                               where the columns of ``W`` are orthogonal
-    ``teal`` :math:`|x_i|`                     in every layer of the encoder
-    ``cats`` :math:`|x_i|`                     of the hidden activations of the feed-forward halves alone
-    ======== ================================= ===================================================================
+    * ``wina``: ``|x_i|`` times the norm of ``W[:, i]``, in every layer of the encoder; its error is the least there is
+      where the columns of ``W`` are orthogonal;
+    * ``teal``: ``|x_i|``, in every layer of the encoder;
+    * ``cats``: ``|x_i|``, of the hidden activations of the feed-forward halves alone.
 
     In a :class:`~regrow.BlockSparseLinear` whole block columns stay or go, by the root of the sum of squares of these
     in a block column; the share is of those that have blocks, since the others cost nothing. Attention, norms and

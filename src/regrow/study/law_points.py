@@ -14,6 +14,7 @@ from regrow.bert.flops import bert_skeleton
 from regrow.bert.output import new_output
 from regrow.bert.pretrain import PretrainConfig
 from regrow.bert.sizes import bert_config, size_named
+from regrow.entries import listed
 from regrow.errors import RegrowError
 from regrow.methods import Method
 from regrow.nn import named_sparse_layers
@@ -123,6 +124,17 @@ def _check_one_task(runs: Sequence[Run]) -> None:
                 )
 
 
+@listed(
+    "tool",
+    "scaling-law",
+    paper="Jin et al., The Journey Matters: Average Parameter Count over Pre-training Unifies Sparse and Dense Scaling "
+    "Laws",
+    year=2025,
+    link="https://arxiv.org/abs/2501.12486",
+    always_sparse=True,
+    command="regrow study fit STUDY",
+    does="The loss of many runs as a law of the tokens and of the encoder weights that there were on average.",
+)
 def fit_points(points: Sequence[LawPoint], **options: Any) -> LawFit:
     """:func:`regrow.study.law.fit_law` of points; ``options`` are its."""
     columns = ([getattr(point, name) for point in points] for name in ("parameters", "tokens", "loss"))
