@@ -10,9 +10,8 @@ from regrow import RegrowError, count_flops, densify, sparsify
 from regrow.bert.fused import fuse
 from regrow.nn import BlockSparseLinear, SparkFFN, statistical_top_k
 from regrow.nn.options import create
-from regrow.testing import check_layer
 
-from ..tolerances import assert_as_good_as_dense
+from ..tolerances import assert_same_numbers
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -30,11 +29,12 @@ def model(**changes: object) -> BertForPreTraining:
 
 @pytest.mark.parametrize("shape", [(48,), (0, 48), (3, 5, 48)])
 def test_any_leading_dimensions(shape):
-    x = torch.randn(shape)
-    layer, exact = half(), half().double()
-    y = create("spark").reference([exact], x.double().view(-1, 48)).detach().view(shape)
-    dense = create("spark").reference([layer], x.view(-1, 48)).detach().view(shape)
-    assert_as_good_as_dense(layer(x).detach(), dense, y)
+    x, layer = torch.randn(shape), half()
+    for weight in (layer.gate, layer.up, layer.down):  # outputs of about one
+        weight.data *= 20
+    y = layer(x).detach()
+    exact = create("spark").reference([layer.double()], x.double().view(-1, 48)).detach().view(shape)
+    assert_same_numbers(y, exact)
 
 
 def test_as_many_parameters_as_two_linear_layers():
@@ -159,8 +159,3 @@ def test_a_half_that_ends_in_another_width_is_refused():
 def test_bad_options_are_named(options):
     with pytest.raises(RegrowError, match=f"{next(iter(options))} must lie between"):
         create("spark", **options)
-
-
-def test_the_option_conforms():
-    report = check_layer("spark")
-    assert report.name == "spark" and report.weights == 16 * 64 + 5 * (16 + 32)
