@@ -340,7 +340,7 @@ def test_an_option_of_another_package_is_listed_gets_flags_and_is_checked(tmp_pa
         done = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, check=True)
         return done.stdout
 
-    assert "\ntwice " in run("-m", "regrow", "methods", "--layers")
+    assert "\ntwice " in run("-m", "regrow", "methods")
     shown = run("-m", "regrow", "pretrain", "--layer", "twice", "--help")
     assert "options of --layer twice" in shown and "--factor" in shown and "times so much" in shown
     assert run("-c", "from regrow.testing import check_layer; print(check_layer('twice').name)") == "twice\n"

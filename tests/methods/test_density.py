@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from regrow import BlockSparseLinear, BlockTopology, RegrowError, UpdateSchedule
@@ -54,18 +54,20 @@ def test_the_published_figures_are_not_those_of_these_densities() -> None:
     assert journey_mean(1.0, 0.2) == pytest.approx(0.399, abs=1e-3)
 
 
+@settings(max_examples=30)
 @given(st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.floats(0.0, 0.9), st.floats(0.05, 1.0))
+@example(1.0, 0.9999999999999999, 0.5, 0.5)
 def test_journeys_window_shares_out_the_compute(start: float, ratio: float, begin: float, rest: float) -> None:
     final, end = start * ratio, begin + rest * (1 - begin)
     first, last = window(start, final, begin, end)
-    n = 20_000
+    n = 2_000
     at = [(i + 0.5) / n for i in range(n)]
     journey = create("journey", final_density=final, begin=begin, end=end)
     cost = [journey.density_at(progress, start) / n for progress in at]
     before = sum(c for c, progress in zip(cost, at, strict=True) if progress < first)
     after = sum(c for c, progress in zip(cost, at, strict=True) if progress >= last)
-    assert before / sum(cost) == pytest.approx(begin, abs=1e-3)
-    assert after / sum(cost) == pytest.approx(1 - end, abs=1e-3)
+    assert before / sum(cost) == pytest.approx(begin, abs=3e-3)
+    assert after / sum(cost) == pytest.approx(1 - end, abs=3e-3)
     assert sum(cost) == pytest.approx(journey_mean(start, final, begin, end), rel=1e-3)
 
 

@@ -73,6 +73,11 @@ class Method(ABC):
     def check_layer(self, name: str, topology: BlockTopology) -> None:
         """Raise :class:`RegrowError` if a layer cannot be trained with this method; called before the first step."""
 
+    def check_layers(self, layers: Mapping[str, BlockTopology]) -> None:
+        """The same of all layers together; by default of each. A resumed training asks again, of what it has by now."""
+        for name, topology in layers.items():
+            self.check_layer(name, topology)
+
     def regularise_(self, values: Tensor, lr: float) -> None:
         """Decoupled shrinkage of ``values`` in place, once after every optimizer step; nothing by default."""
 

@@ -95,9 +95,11 @@ def by_norm(layers: Mapping[str, Signals], curve: Curve, norm: Norm) -> dict[str
         >>> by_norm(layers, lambda progress, start: 0.5, "l1")
         {'a': 4, 'b': 1, 'c': 1}
     """
-    sizes = sorted({s.values.shape[-1] for s in layers.values()})
+    sizes = sorted({"x".join(map(str, s.values.shape[1:])) for s in layers.values()})
     if len(sizes) > 1:
-        raise RegrowError(f"blocks of all layers are ranked together, so they must have one size, got {sizes}")
+        raise RegrowError(
+            f"blocks of all layers are ranked together, so they must have one size, got {', '.join(sizes)}"
+        )
     now = {name: s.topology.n_blocks for name, s in layers.items()}
     wanted = _planned(layers.values(), curve)
     rest = max(wanted, len(layers)) - len(layers)  # beyond the one that every layer keeps
@@ -144,4 +146,15 @@ def check_starts_denser(name: str, topology: BlockTopology, final_density: float
         raise RegrowError(
             f"{name} starts at density {topology.density:.3g}, below final_density={final_density}; {method} only lets "
             "the density fall, so start denser"
+        )
+
+
+def check_model_starts_denser(layers: Mapping[str, BlockTopology], final_density: float, method: str) -> None:
+    """The same of all layers together, for methods that share out blocks: one layer may end with few."""
+    positions = sum(topology.n_positions for topology in layers.values())
+    density = sum(topology.n_blocks for topology in layers.values()) / positions
+    if density * positions < round(final_density * positions):
+        raise RegrowError(
+            f"the model starts at density {density:.3g}, below final_density={final_density}; {method} only lets the "
+            "density fall, so start denser"
         )

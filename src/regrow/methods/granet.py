@@ -38,7 +38,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from regrow.methods.base import LayerSize, Method, register
-from regrow.methods.density import by_norm, check_starts_denser, check_window, cubic, way
+from regrow.methods.density import by_norm, check_model_starts_denser, check_window, cubic, way
 from regrow.methods.rules import exchange_keeping, keys_without
 from regrow.methods.scores import Norm, block_norm, check_norm, weakest
 from regrow.methods.signals import Signals
@@ -67,8 +67,8 @@ class GraNet(Method):
         check_density(self.final_density, "final_density")
         check_window(self.begin, self.end)
 
-    def check_layer(self, name: str, topology: BlockTopology) -> None:
-        check_starts_denser(name, topology, self.final_density, self.name)
+    def check_layers(self, layers: Mapping[str, BlockTopology]) -> None:
+        check_model_starts_denser(layers, self.final_density, self.name)
 
     def density_at(self, progress: float, start: float) -> float:
         return cubic(start, self.final_density, way(progress, self.begin, self.end))

@@ -44,7 +44,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from regrow.methods.base import Method, register
-from regrow.methods.density import by_norm, check_starts_denser, check_window, geometric, way
+from regrow.methods.density import by_norm, check_model_starts_denser, check_window, geometric, way
 from regrow.methods.rules import exchange
 from regrow.methods.scores import Norm, block_norm, check_norm, weakest
 from regrow.methods.signals import Signals
@@ -72,8 +72,8 @@ class Journey(Method):
         check_density(self.final_density, "final_density")
         check_window(self.begin, self.end)
 
-    def check_layer(self, name: str, topology: BlockTopology) -> None:
-        check_starts_denser(name, topology, self.final_density, self.name)
+    def check_layers(self, layers: Mapping[str, BlockTopology]) -> None:
+        check_model_starts_denser(layers, self.final_density, self.name)
 
     def density_at(self, progress: float, start: float) -> float:
         first, last = window(start, self.final_density, self.begin, self.end)
@@ -124,6 +124,8 @@ def mean_density(start: float, final: float, begin: float = 0.25, end: float = 0
 
 def _steps(start: float, final: float, begin: float, end: float) -> tuple[float, float, float]:
     """Steps before, during and after pruning, for a compute of one dense step."""
-    ratio = math.log(start / final)
-    mean = start if ratio == 0 else (start - final) / ratio
+    ratio = math.log(final / start)
+    mean = start * (
+        math.expm1(ratio) / ratio if ratio else 1.0
+    )  # (start - final) / -ratio, also where they nearly meet
     return begin / start, (end - begin) / mean, (1 - end) / final

@@ -291,8 +291,7 @@ def check_trainable(
             f"total_steps={schedule.total_steps}), so {method.name} would be static; raise n_updates, or choose the "
             "method 'static'"
         )
-    for name, layer in layers.items():
-        method.check_layer(name, layer.topology)
+    method.check_layers({name: layer.topology for name, layer in layers.items()})
     if method.moves:
         check_optimizer(optimizer)
 
