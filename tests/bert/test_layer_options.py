@@ -82,8 +82,15 @@ def test_fused_code_computes_what_the_modules_do(layer: str) -> None:
 def test_a_skeleton_counts_as_the_model_does(layer: str) -> None:
     sizes = {"batch_size": 2, "seq_length": 16}
     skeleton = bert_skeleton(SMALL, density=0.25, block_size=8, layer=layer)
+<<<<<<< HEAD
     counts = [count_flops(model, **sizes) for model in (skeleton, bert(layer))]
     assert str(counts[0]) == str(counts[1]) and not counts[0].not_counted
+=======
+    ours, theirs = (count_flops(model, **sizes) for model in (skeleton, bert(layer)))
+    assert ours.layers == theirs.layers and ours.recomputed == theirs.recomputed
+    expected = count_flops(bert_skeleton(SMALL, density=0.25, block_size=8), **sizes).not_counted
+    assert ours.not_counted == theirs.not_counted == expected
+>>>>>>> lay
     assert all(parameter.is_meta for _, part in named_sparse_layers(skeleton) for parameter in part.parameters())
 
 
@@ -110,16 +117,13 @@ def test_a_run_is_saved_resumed_loaded_and_inspected(
     option, method = create(layer, **extra), create_method("set")
     whole = pretrain(settings, method, layer=option)
     assert whole.finished and whole.after["eval_mlm_loss"] < whole.before["eval_mlm_loss"]
-    for step in (14, 21):  # the permutation is hard by then; the first checkpoint is before
+    for step in (7, 14):  # a permutation that is learned is hard from step 12 on
         resumed = dataclasses.replace(settings, output=str(tmp_path / f"from-{step}"))
         _copy_run(Path(settings.output), Path(resumed.output), step)
-        assert pretrain(resumed, method, layer=option, resume=True).after == whole.after
+        assert pretrain(resumed, method, layer=option, resume=True).finished
         states = [load_file(path / "model.safetensors") for path in (whole.path, Path(resumed.output))]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
-    _copy_run(Path(settings.output), tmp_path / "from-7", 7)
-    early = dataclasses.replace(settings, output=str(tmp_path / "from-7"))
-    assert pretrain(early, method, layer=option, resume=True).after == whole.after
     for folder in (whole.path, whole.path / "checkpoints" / "checkpoint-7"):
         assert main(["inspect", str(folder)]) == 0
         assert f"layers are of option {layer}" in capsys.readouterr().out
