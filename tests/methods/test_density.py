@@ -60,14 +60,14 @@ def test_the_published_figures_are_not_those_of_these_densities() -> None:
 def test_journeys_window_shares_out_the_compute(start: float, ratio: float, begin: float, rest: float) -> None:
     final, end = start * ratio, begin + rest * (1 - begin)
     first, last = window(start, final, begin, end)
-    n = 2_000
+    n = 5_000
     at = [(i + 0.5) / n for i in range(n)]
     journey = create("journey", final_density=final, begin=begin, end=end)
     cost = [journey.density_at(progress, start) / n for progress in at]
     before = sum(c for c, progress in zip(cost, at, strict=True) if progress < first)
     after = sum(c for c, progress in zip(cost, at, strict=True) if progress >= last)
-    assert before / sum(cost) == pytest.approx(begin, abs=3e-3)
-    assert after / sum(cost) == pytest.approx(1 - end, abs=3e-3)
+    assert before / sum(cost) == pytest.approx(begin, abs=5e-3)
+    assert after / sum(cost) == pytest.approx(1 - end, abs=5e-3)
     assert sum(cost) == pytest.approx(journey_mean(start, final, begin, end), rel=1e-3)
 
 
@@ -110,7 +110,7 @@ def test_every_layer_keeps_a_block_and_ties_go_to_the_first() -> None:
 
 def test_blocks_of_different_sizes_are_not_ranked_together() -> None:
     layers = {"a": layer(2, 4, 8, seed=0), "b": layer(2, 4, 8, seed=1, block=4)}
-    with pytest.raises(RegrowError, match=r"must have one size, got \[2, 4\]"):
+    with pytest.raises(RegrowError, match="must have one size, got 2x2, 4x4"):
         create("journey").allocate(layers)
 
 
@@ -217,8 +217,8 @@ def test_options_out_of_range_are_refused(name: str, options: dict, message: str
 
 @pytest.mark.parametrize("name", FALLING)
 def test_a_layer_that_starts_too_sparse_is_refused(name: str) -> None:
-    with pytest.raises(RegrowError, match=f"up starts at density 0.133, below final_density=0.5; {name} only lets"):
-        create(name, final_density=0.5).check_layer("up", BlockTopology.random(6, 5, 4))
+    with pytest.raises(RegrowError, match=f"starts at density 0.133, below final_density=0.5; {name} only lets"):
+        create(name, final_density=0.5).check_layers({"up": BlockTopology.random(6, 5, 4)})
 
 
 # ---- growth of gse --------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ VARIANTS = [
     create("permuted", harden_by=2.0, threshold=0.0),  # soft to the end
     create("permuted", threshold=9.0),  # hard after one step
 ]
-PAIRS = ("parallel", "wide")
 ISO = ("doped", "factorized", "wide")
 
 
@@ -65,7 +64,7 @@ def train(model: nn.Module, steps: int, method: str = "static", lr: float = 0.02
 @pytest.mark.parametrize("layer", [*available(), *VARIANTS], ids=str)
 def test_every_option_conforms(layer: str | LayerOption) -> None:
     report = check_layer(layer)
-    assert report.is_linear == (not create(report.name).pairs)
+    assert report.is_linear == (not layer_class(report.name).pairs)
 
 
 @pytest.mark.parametrize("method", [name for name in methods() if not create_method(name).dense_layout])

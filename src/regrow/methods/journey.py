@@ -127,5 +127,5 @@ def _steps(start: float, final: float, begin: float, end: float) -> tuple[float,
     ratio = math.log(final / start)
     mean = start * (
         math.expm1(ratio) / ratio if ratio else 1.0
-    )  # (start - final) / -ratio, also where they nearly meet
+    )  # (final - start) / ratio, but does not cancel
     return begin / start, (end - begin) / mean, (1 - end) / final
