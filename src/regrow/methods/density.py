@@ -97,9 +97,7 @@ def by_norm(layers: Mapping[str, Signals], curve: Curve, norm: Norm) -> dict[str
     """
     sizes = sorted({"x".join(map(str, s.values.shape[1:])) for s in layers.values()})
     if len(sizes) > 1:
-        raise RegrowError(
-            f"all blocks are ranked together, so they must have one size, got {', '.join(sizes)}"
-        )
+        raise RegrowError(f"all blocks are ranked together, so they must have one size, got {', '.join(sizes)}")
     now = {name: s.topology.n_blocks for name, s in layers.items()}
     wanted = _planned(layers.values(), curve)
     rest = max(wanted, len(layers)) - len(layers)  # beyond the one that every layer keeps

@@ -125,7 +125,5 @@ def mean_density(start: float, final: float, begin: float = 0.25, end: float = 0
 def _steps(start: float, final: float, begin: float, end: float) -> tuple[float, float, float]:
     """Steps before, during and after pruning, for a compute of one dense step."""
     ratio = math.log(final / start)
-    mean = start * (
-        math.expm1(ratio) / ratio if ratio else 1.0
-    )  # (final - start) / ratio, but does not cancel
+    mean = start * (math.expm1(ratio) / ratio if ratio else 1.0)  # (final - start) / ratio, but does not cancel
     return begin / start, (end - begin) / mean, (1 - end) / final
