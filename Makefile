@@ -19,8 +19,9 @@ demo: setup
 	$(BIN)/regrow pretrain --preset demo --output $(DEMO)
 	$(BIN)/python examples/fill_mask.py $(DEMO)
 
+# Two processes of one thread each are faster than one of two: most tests are small.
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The native code under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer: those of GCC. Each
 # has a build of its own, from which the tests take the kernels (REGROW_NATIVE, tests/conftest.py). Left out are tests
