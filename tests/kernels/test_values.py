@@ -5,35 +5,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from regrow.kernels import sddmm, spmm, spmm_gelu, spmm_t
+from regrow.kernels import sddmm, spmm, spmm_t
 
 from ..tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_dense
-from .problems import Pattern, from_dense, normal, pattern, to_dense
+from .problems import Pattern, check_product, from_dense, normal, pattern, to_dense
 
 BLOCKS = [1, 2, 4, 8, 16, 32, 64]
 TOKENS = [0, 1, 7, 63, 64, 200]
 
 
-def check(p: Pattern, b: int, n: int, with_bias: bool = True, strided: bool = False, with_gelu: bool = False) -> None:
-    """Forward and backward of ``spmm`` with a random cotangent, against dense float32 and float64."""
-    ours_is, act = (spmm_gelu, gelu) if with_gelu else (spmm, lambda y: y)
-    x, values = normal(n, p.n_cols * b, seed=1), normal(p.n_blocks, b, b, seed=2)
-    bias = normal(p.n_rows * b, seed=3) if with_bias else None
-    cotangent = normal(n, p.n_rows * b, seed=4)
-    if strided:
-        x, cotangent = (torch.stack([t, t], dim=-1)[..., 0] for t in (x, cotangent))
-        assert n < 2 or not x.is_contiguous()
-
-    def run(dtype: torch.dtype | None) -> list[Tensor]:
-        leaves = [None if t is None else t.to(dtype or t.dtype).requires_grad_() for t in (x, values, bias)]
-        lx, lv, lb = leaves
-        y = ours_is(lx, lv, lb, *p.index) if dtype is None else act(linear(lx, to_dense(lv, p), lb))
-        grads = torch.autograd.grad(y, [t for t in leaves if t is not None], cotangent.to(y.dtype))
-        return [y.detach(), *grads]
-
-    results = zip(run(None), run(torch.float32), run(torch.float64), strict=True)
-    for i, (ours, dense, exact) in enumerate(results):
-        assert_as_good_as_dense(ours, dense, exact, VALUE_FACTOR if i == 0 else GRADIENT_FACTOR)
+def check(p: Pattern, b: int, n: int, **how: bool) -> None:
+    check_product(p, (b, b), n, **how)
 
 
 @pytest.mark.parametrize("n", TOKENS)

@@ -40,7 +40,8 @@ from dataclasses import dataclass, field
 from regrow.errors import RegrowError
 from regrow.methods.base import register
 from regrow.methods.chts import CHTs
-from regrow.methods.density import by_layer, check_starts_denser, check_window, sigmoid, way
+from regrow.methods.density import by_layer, check_starts_denser, sigmoid, way
+from regrow.methods.rules import check_window
 from regrow.methods.signals import Signals
 from regrow.topology import BlockTopology
 from regrow.topology.distribution import check_density

@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from regrow.errors import RegrowError
-from regrow.methods.rules import check_share
 from regrow.methods.scores import Norm, block_norm
 from regrow.methods.signals import Signals
 from regrow.topology import BlockTopology, blocks_at_density
@@ -128,14 +127,6 @@ def _planned(layers: Collection[Signals], curve: Curve) -> int:
     start = sum(s.topology.n_blocks if s.start_blocks is None else s.start_blocks for s in layers)
     density = curve(max(s.progress for s in layers), start / n_positions)
     return blocks_at_density(1, n_positions, min(density, 1.0))
-
-
-def check_window(begin: float, end: float) -> None:
-    """Raise :class:`RegrowError` unless ``begin`` and ``end`` are shares in [0, 1] in that order."""
-    check_share("begin", begin)
-    check_share("end", end)
-    if begin >= end:
-        raise RegrowError(f"begin must be less than end, got {begin} and {end}")
 
 
 def check_starts_denser(name: str, topology: BlockTopology, final_density: float, method: str) -> None:

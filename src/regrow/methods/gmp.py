@@ -32,8 +32,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from regrow.methods.base import Method, register
-from regrow.methods.density import by_layer, check_starts_denser, check_window, cubic, way
-from regrow.methods.rules import exchange
+from regrow.methods.density import by_layer, check_starts_denser, cubic, way
+from regrow.methods.rules import check_window, exchange
 from regrow.methods.scores import Norm, block_norm, check_norm, weakest
 from regrow.methods.signals import Signals
 from regrow.topology import BlockTopology, TopologyUpdate

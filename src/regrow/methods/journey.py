@@ -44,8 +44,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from regrow.methods.base import Method, register
-from regrow.methods.density import by_norm, check_model_starts_denser, check_window, geometric, way
-from regrow.methods.rules import exchange
+from regrow.methods.density import by_norm, check_model_starts_denser, geometric, way
+from regrow.methods.rules import check_window, exchange
 from regrow.methods.scores import Norm, block_norm, check_norm, weakest
 from regrow.methods.signals import Signals
 from regrow.topology import BlockTopology, TopologyUpdate

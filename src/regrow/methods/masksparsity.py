@@ -41,7 +41,7 @@ from torch import Tensor
 from regrow.errors import RegrowError
 from regrow.methods.base import register
 from regrow.methods.nm import strongest_mask
-from regrow.methods.rules import check_share
+from regrow.methods.rules import check_window
 from regrow.methods.transform import WeightTransform, straight_through
 from regrow.nn.linear import check_block_size
 from regrow.nn.transformed import LayerView
@@ -64,10 +64,7 @@ class MaskSparsity(WeightTransform):
     def __post_init__(self) -> None:
         if not self.doomed_decay >= 0:
             raise RegrowError(f"doomed_decay must be >= 0, got {self.doomed_decay}")
-        check_share("begin", self.begin)
-        check_share("end", self.end)
-        if not self.begin < self.end:
-            raise RegrowError(f"begin must be less than end, got {self.begin} and {self.end}")
+        check_window(self.begin, self.end)
 
     def check_shape(self, name: str, out_features: int, in_features: int, block_size: int) -> None:
         try:

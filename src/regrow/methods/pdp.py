@@ -35,8 +35,9 @@ from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.methods.base import register
+from regrow.methods.density import way
 from regrow.methods.nm import strongest_mask
-from regrow.methods.rules import check_share
+from regrow.methods.rules import check_window
 from regrow.methods.transform import WeightTransform
 from regrow.nn.transformed import LayerView
 
@@ -57,14 +58,11 @@ class PDP(WeightTransform):
     def __post_init__(self) -> None:
         if not self.tau > 0:
             raise RegrowError(f"tau must be positive, got {self.tau}")
-        check_share("begin", self.begin)
-        check_share("end", self.end)
-        if not self.begin < self.end:
-            raise RegrowError(f"begin must be less than end, got {self.begin} and {self.end}")
+        check_window(self.begin, self.end)
 
     def target(self, progress: float, density: float) -> float:
         """The sparsity at a share of the training."""
-        return (1 - density) * min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        return (1 - density) * way(progress, self.begin, self.end)
 
     def effective(self, layer: LayerView) -> Tensor:
         weight, kept = layer.weight, _kept(layer, 1 - self.target(layer.moment.progress, layer.density))

@@ -45,3 +45,11 @@ def check_share(name: str, value: float) -> None:
     """Raise unless an option is a share in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise RegrowError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_window(begin: float, end: float) -> None:
+    """Raise :class:`RegrowError` unless ``begin`` and ``end`` are shares in [0, 1] in that order."""
+    check_share("begin", begin)
+    check_share("end", end)
+    if begin >= end:
+        raise RegrowError(f"begin must be less than end, got {begin} and {end}")
