@@ -55,23 +55,16 @@ void embed_rows(const EmbedArgs& a, int64_t t0, int64_t t1, float* scratch) {
 // ---- attention: pairs of a sequence and a head --------------------------------------------------
 
 template <int B>
-struct HeadBuffers {
+struct HeadBuffers : ScratchPieces {
     static constexpr int G = Shape<B>::G;
-    int64_t stride, floats = 0;
+    int64_t stride;
     float *x, *sums;                  // panels: of a sequence; of a head
     float *q, *k, *v, *keys_t, *s, *o;
 
-    HeadBuffers(const EncoderArgs& a, float* memory) {
+    HeadBuffers(const EncoderArgs& a, float* memory) : ScratchPieces(memory) {
         const AttentionShape shape(a.longest, a.dim);
         const int64_t tokens = Tokens<B>::room(a.longest), rows = tokens * a.dim;
         stride = panel_stride<B>(tokens);
-        const auto take = [&](int64_t n) {
-            const int64_t room = round_up(n, 16) + kGap;
-            float* piece = memory ? memory + floats : nullptr;
-            if (piece) fence(piece, n, room);
-            floats += room;
-            return piece;
-        };
         x = take(round_up(a.heads * a.dim / B, G) * stride);
         sums = take(G > 1 ? round_up(a.dim / B, G) * stride : 0);
         q = take(rows), k = take(rows), v = take(rows);
@@ -120,20 +113,13 @@ void encoder_attend(const EncoderArgs& a, int64_t i0, int64_t i1, float* scratch
 // ---- many tokens: tiles of them through the rest of a layer -------------------------------------
 
 template <int B>
-struct TileBuffers {
-    int64_t stride, floats = 0;
+struct TileBuffers : ScratchPieces {
+    int64_t stride;
     float *in, *hidden, *sums, *rows, *norm;
-    TileBuffers(const EncoderArgs& a, float* memory) {
+    TileBuffers(const EncoderArgs& a, float* memory) : ScratchPieces(memory) {
         const int64_t width = a.heads * a.dim, tile = a.layer->plan.tile;
         const int64_t panel = round_up(width / B, Shape<B>::G) * panel_stride<B>(tile);
         stride = panel_stride<B>(tile);
-        const auto take = [&](int64_t n) {
-            const int64_t room = round_up(n, 16) + kGap;
-            float* piece = memory ? memory + floats : nullptr;
-            if (piece) fence(piece, n, room);
-            floats += room;
-            return piece;
-        };
         in = take(panel), sums = take(panel), hidden = take(a.layer->plan.slab * stride);
         rows = take(tile * width), norm = take(add_norm_floats(tile, width));
     }

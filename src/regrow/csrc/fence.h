@@ -2,6 +2,7 @@
 // overflow into the next; its build leaves gaps between pieces and forbids them. In every other build this is nothing.
 #pragma once
 #include <stddef.h>
+#include <stdint.h>
 #ifdef REGROW_SANITIZE_ADDRESS
 #include <sanitizer/asan_interface.h>
 #endif
@@ -23,5 +24,19 @@ inline void fence(float*, size_t, size_t) {}
 inline void fence_each(float* pieces, int n, size_t used, size_t room) {
     for (int i = 0; i < n; ++i) fence(pieces + i * room, used, room);
 }
+
+// Scratch memory, handed out piece by piece; without memory the pieces are only counted.
+struct ScratchPieces {
+    float* memory;
+    int64_t floats = 0;  // of all pieces so far
+    explicit ScratchPieces(float* begin) : memory(begin) {}
+    float* take(int64_t n) {
+        const int64_t room = (n + 15) / 16 * 16 + kGap;
+        float* piece = memory ? memory + floats : nullptr;
+        if (piece) fence(piece, n, room);
+        floats += room;
+        return piece;
+    }
+};
 
 }  // namespace

@@ -10,26 +10,19 @@
 
 namespace {
 
-// A thread's pieces of scratch memory; without memory they are only counted.
+// What a thread needs of scratch memory.
 template <int B>
-struct SequenceBuffers {
+struct SequenceBuffers : ScratchPieces {
     static constexpr int G = Shape<B>::G;
-    int64_t stride, floats = 0;            // between the blocks of a panel; of all pieces
+    int64_t stride;                        // between the blocks of a panel
     float *x, *a, *g, *d, *y;              // panels: x; attention's output; gradients of y and qkv; the result
     float *q, *k, *v, *da, *dk, *sums;     // rows of a head; its panels
     float *keys_t, *values_t, *s, *dp, *o; // see attention.h
 
-    SequenceBuffers(const SparseAttentionArgs& args, bool backward, float* memory) {
+    SequenceBuffers(const SparseAttentionArgs& args, bool backward, float* memory) : ScratchPieces(memory) {
         const AttentionShape shape(args.longest, args.dim);
         const int64_t tokens = groups(args.longest) * G, hidden_blocks = args.heads * args.dim / B;
         stride = panel_stride<B>(tokens);
-        const auto take = [&](int64_t n) {
-            const int64_t room = round_up(n, 16) + kGap;
-            float* piece = memory ? memory + floats : nullptr;
-            if (piece) fence(piece, n, room);
-            floats += room;
-            return piece;
-        };
         const auto panel = [&](int64_t blocks) { return take(round_up(blocks, G) * stride); };
         const int64_t rows = tokens * args.dim;
         q = take(rows), k = take(rows), v = take(rows);
