@@ -10,7 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from regrow.kernels import cpu
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything loads Triton: see the fixture `device`
+
+from regrow.kernels import cpu, gpu
 
 # A busy machine is not a defect: examples are not timed.
 settings.register_profile("untimed", deadline=None)
@@ -33,7 +36,10 @@ if NATIVE:
 
 
 def pytest_report_header() -> str:
-    return f"compiled kernels: {cpu.native().__file__}"
+    try:
+        return f"compiled kernels: {cpu.native().__file__}"
+    except ImportError as error:  # tests of the GPU kernels run without
+        return f"compiled kernels: none ({error})"
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +72,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The GPU; without one the CPU, on which Triton's interpreter then runs the GPU kernels."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    with gpu.interpreted():
+        yield torch.device("cpu")

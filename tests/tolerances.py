@@ -11,6 +11,8 @@ from torch import Tensor
 VALUE_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 SAME = 1e-4
+HALF = 0.1
+"""A whole model in bfloat16, with 8 bits and many roundings in a row, beside the same in float32."""
 
 
 def assert_as_good_as_dense(actual: Tensor, dense: Tensor, exact: Tensor, factor: float = VALUE_FACTOR) -> None:

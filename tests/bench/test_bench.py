@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import regrow
@@ -108,3 +109,34 @@ def test_a_damaged_store_counts_as_unknown(damage: str) -> None:
     store_speeds([LayerSpeed(64, 64, 16, 4096, 1.0, 0.5, 1.0)])
     speeds_file().write_text(damage)
     assert known_speeds() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "abacus"], "device must be cpu or cuda, got 'abacus'"),
+        (["--device", "meta"], "device must be cpu or cuda, got 'meta'"),
+        (["--dtype", "int4"], "dtype must be one of float32, bf16, fp16, got 'int4'"),
+        (["--dtype", "bf16"], "dtype='bf16' needs device='cuda'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["kernels", "step"])
+def test_a_place_that_there_is_not(command: str, flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", command, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_in_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "kernels", "--device", "cuda"]) == 2
+    assert "device='cuda' needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    flags = ["--device", "cuda", "--shapes", "64x128", "--blocks", "16", "--tokens", "64", "--rounds", "2", "--peers"]
+    assert main(["bench", "kernels", *flags, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert document["dtype"] == "bfloat16" and document["machine"]["gpu"] and document["roofs"]["gigabytes"] > 0
+    assert document["rows"][0]["speedup"] > 0

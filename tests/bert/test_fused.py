@@ -14,6 +14,7 @@ from regrow.bert.model import BertForPreTraining, build_model
 from regrow.errors import RegrowError
 from regrow.nn import named_sparse_layers
 from regrow.optim import AdamW
+from tolerances import HALF
 
 NAMES = [field.name for field in fields(Fusions)]
 EACH = [Fusions.named(name) for name in ["all", *NAMES]] + [Fusions.named(",".join(n for n in NAMES if n != "unpad"))]
@@ -98,6 +99,20 @@ def test_sparse_attention_halves_are_one_operation(padded: bool, monkeypatch: py
         torch.set_num_threads(threads)
     assert len(calls) == wide.num_hidden_layers
     assert_same(actual, loss_and_gradients(networks[0], inputs))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_gpu_computes_the_same(padded: bool, device: torch.device) -> None:
+    plain, fused = model().to(device), model("all").to(device)
+    inputs = {name: value.to(device) for name, value in batch(padded).items()}
+    expected = loss_and_gradients(plain, inputs)
+    assert_same(loss_and_gradients(fused, inputs), expected)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = loss_and_gradients(fused, inputs)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype is torch.float32
+        assert (actual[name] - value).norm() <= HALF * value.norm() + 1e-6, name
 
 
 def test_names_and_files_stay() -> None:

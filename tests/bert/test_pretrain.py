@@ -4,6 +4,8 @@ import importlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,6 +109,29 @@ def test_losses_agree_without_the_fused_operations(corpus: Path, tmp_path: Path)
         result = pretrain(config(corpus, tmp_path / fused, fuse=fused, dropout=0.0), create("dynsparse"))
         curves.append([line["mlm_loss"] for line in metrics_without_clock(result.path) if "mlm_loss" in line])
     assert curves[0] == pytest.approx(curves[1], abs=1e-3)
+
+
+def test_the_gpu_kernels_train_as_those_for_a_cpu_do(corpus: Path, tmp_path: Path, device: torch.device) -> None:
+    """Through topology updates, which draw the same blocks on every device."""
+    short = {"size": "1/32", "steps": 4, "n_updates": 2, "logging_steps": 1, "eval_steps": 4, "dropout": 0.0}
+    pretrain(config(corpus, tmp_path / "gpu", **short), create("dynsparse"))
+    command = [sys.executable, "-m", "regrow", "pretrain", *flags(config(corpus, tmp_path / "cpu", **short))]
+    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True, capture_output=True)
+    runs = tmp_path / "gpu", tmp_path / "cpu"
+    curves = [[line["mlm_loss"] for line in metrics_without_clock(run) if "mlm_loss" in line] for run in runs]
+    assert len(curves[0]) == 4 and curves[0] == pytest.approx(curves[1], abs=1e-3)
+    patterns = [load_file(run / "model.safetensors") for run in runs]
+    indices = [name for name in patterns[0] if name.endswith("col_idx")]
+    assert indices and all(torch.equal(patterns[0][name], patterns[1][name]) for name in indices)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_16_bits_need_a_gpu(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(regrow.RegrowError, match="precision='bf16' needs a CUDA GPU"):
+        pretrain(config(corpus, tmp_path / "run", precision="bf16"), create("dynsparse"))
+    with pytest.raises(regrow.RegrowError, match="precision must be one of float32, bf16, got 'int4'"):
+        pretrain(config(corpus, tmp_path / "run", precision="int4"), create("dynsparse"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

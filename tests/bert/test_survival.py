@@ -1,5 +1,6 @@
 """Runs that are killed, starved of disk or robbed of a process: nothing is lost, and resuming ends bitwise the same."""
 
+import errno
 import importlib
 import io
 import json
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -290,12 +291,25 @@ class KillWorker(TrainerCallback):
             os.kill(worker.pid, signal.SIGKILL)
 
 
+class LoseHandover(TrainerCallback):
+    """What a worker's end looks like between the closing of its sockets and the signal of its death."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 12:
+            instead("multiprocessing.resource_sharer._resource_sharer.get_connection", reset)
+
+
+def reset(original: Callable, *args: Any) -> NoReturn:
+    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
 TROUBLES: dict[str, Callable[[Path], TrainerCallback]] = {
     "checkpoint": lambda run: NoMoreSpace(12, lambda: 100_000),
     "tokenizer": lambda run: TrainerCallback(),
     "metrics": lambda run: NoMoreSpace(13, lambda: (run / "metrics.jsonl").stat().st_size + 20),
     "folder": lambda run: Replace(run / "checkpoints"),
     "worker": lambda run: KillWorker(),
+    "worker's handover": lambda run: LoseHandover(),
 }
 
 
@@ -317,6 +331,12 @@ def command(corpus: Path, output: Path, trouble: str | None = None, more: Sequen
     return status, shown.getvalue()
 
 
+LOST_WORKER = (
+    "a process that prepares batches was killed (out of memory?): lower --workers, or prepare between steps "
+    "with --workers 0, and go on with --resume; the run stopped after step 1"
+)
+
+
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
@@ -328,18 +348,15 @@ def command(corpus: Path, output: Path, trouble: str | None = None, more: Sequen
         ("tokenizer", "cannot write the checkpoint RUN/checkpoints/checkpoint-16: File too large; the run stopped at"),
         ("metrics", "cannot write RUN/metrics.jsonl: File too large; the run stopped at step 15; free space"),
         ("folder", "cannot write the checkpoint RUN/checkpoints/checkpoint-16: Not a directory; the run stopped at"),
-        (
-            "worker",
-            "a process that prepares batches was killed (out of memory?): lower --workers, or prepare between steps "
-            "with --workers 0, and go on with --resume; the run stopped after step 1",
-        ),
+        ("worker", LOST_WORKER),
+        ("worker's handover", LOST_WORKER),
     ],
 )
 def test_trouble_is_one_line_and_costs_only_what_came_after_the_checkpoint(
     trouble: str, message: str, corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    more = ["--workers", "1"] if trouble == "worker" else []
+    more = ["--workers", "1"] if message is LOST_WORKER else []
     codes, ((status, shown),) = in_children(command, tmp_path, corpus, run, trouble, more)
     *_, error = shown.strip().splitlines()
     assert (codes, status) == ([0], 2) and "Traceback" not in shown
@@ -348,7 +365,7 @@ def test_trouble_is_one_line_and_costs_only_what_came_after_the_checkpoint(
         (run / "checkpoints").unlink()
         (run / "moved").rename(run / "checkpoints")
     assert left(run) == {"checkpoint-8"} and damage(run / "checkpoints/checkpoint-8") is None
-    more = ["--resume", *(["--workers", "0"] if trouble == "worker" else [])]
+    more = ["--resume", *(["--workers", "0"] if message is LOST_WORKER else [])]
     codes, ((status, shown),) = in_children(command, tmp_path, corpus, run, None, more)
     assert (codes, status) == ([0], 0), shown
     assert_same_end(run, whole)

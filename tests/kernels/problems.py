@@ -26,6 +26,10 @@ class Pattern:
     def n_blocks(self) -> int:
         return self.rows.numel()
 
+    def to(self, device: torch.device | str) -> "Pattern":
+        by_rows, by_columns = (tuple(t.to(device) for t in index) for index in (self.index, self.by_columns))
+        return Pattern(self.rows.to(device), self.cols.to(device), self.n_rows, self.n_cols, by_rows, by_columns)
+
 
 def pattern(n_rows: int, n_cols: int, n_blocks: int, seed: int = 0, crowded_rows: int | None = None) -> Pattern:
     """``n_blocks`` different random coordinates; slots are in no particular order.
@@ -72,24 +76,28 @@ def check_product(
     with_bias: bool = True,
     strided: bool = False,
     with_gelu: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Forward and backward of ``spmm`` with a random cotangent, against dense float32 and float64."""
+    """Forward and backward of ``spmm`` with a random cotangent, against dense in the same dtype and float64."""
     ours_is, act = (spmm_gelu, gelu) if with_gelu else (spmm, lambda y: y)
     b, width = block
     x, values = normal(n, p.n_cols * width, seed=1), normal(p.n_blocks, b, width, seed=2)
     bias = normal(p.n_rows * b, seed=3) if with_bias else None
     cotangent = normal(n, p.n_rows * b, seed=4)
+    x, values, bias, cotangent = (None if t is None else t.to(device, dtype) for t in (x, values, bias, cotangent))
+    p = p.to(device)
     if strided:
         x, cotangent = (torch.stack([t, t], dim=-1)[..., 0] for t in (x, cotangent))
         assert n < 2 or not x.is_contiguous()
 
-    def run(dtype: torch.dtype | None) -> list[Tensor]:
-        leaves = [None if t is None else t.to(dtype or t.dtype).requires_grad_() for t in (x, values, bias)]
+    def run(of: torch.dtype | None) -> list[Tensor]:
+        leaves = [None if t is None else t.to(of or dtype).requires_grad_() for t in (x, values, bias)]
         lx, lv, lb = leaves
-        y = ours_is(lx, lv, lb, *p.index) if dtype is None else act(linear(lx, to_dense(lv, p), lb))
+        y = ours_is(lx, lv, lb, *p.index) if of is None else act(linear(lx, to_dense(lv, p), lb))
         grads = torch.autograd.grad(y, [t for t in leaves if t is not None], cotangent.to(y.dtype))
         return [y.detach(), *grads]
 
-    results = zip(run(None), run(torch.float32), run(torch.float64), strict=True)
+    results = zip(run(None), run(dtype), run(torch.float64), strict=True)
     for i, (ours, dense, exact) in enumerate(results):
         assert_as_good_as_dense(ours, dense, exact, VALUE_FACTOR if i == 0 else GRADIENT_FACTOR)

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForPreTraining
 
 from regrow import RegrowError, count_flops, densify, sparsify
 from regrow.bert.fused import fuse
+from regrow.kernels import spark_ffn
 from regrow.nn import BlockSparseLinear, SparkFFN, statistical_top_k
 from regrow.nn.options import create
 
@@ -80,6 +81,8 @@ def test_autocast_computes_in_the_dtype_of_the_weights():
     layer, x = half(), torch.randn(4, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), half()(x))
+        weights = layer.gate, layer.gate_bias, layer.up, layer.down, layer.down_bias
+        assert torch.equal(spark_ffn(x, *weights, layer.quantile), layer(x))  # nothing is cast inside the operator
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,21 @@
 """Blocks that count their own steps: exact against torch, gentle with newcomers."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from regrow import RegrowError
+from regrow.kernels import gpu
 from regrow.optim import AdamW, reset_slots_
 
 
 def stepped(optimizer: torch.optim.Optimizer, p: nn.Parameter, steps: int, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
         optimizer.step()
 
 
@@ -50,6 +52,30 @@ def test_the_compiled_step_is_the_formula(block: int, threads: int, monkeypatch:
     monkeypatch.setattr("regrow.kernels.cpu.supports_adamw", lambda *written: False)
     for ours, formula in zip(compiled, trained(), strict=True):
         torch.testing.assert_close(ours, formula, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 1), (70, 16, 16), (3, 16, 1)])
+def test_the_step_of_a_gpu_is_the_formula(shape: tuple[int, ...], device: torch.device) -> None:
+    def trained(dtype: torch.dtype) -> list[torch.Tensor]:
+        p = nn.Parameter(torch.linspace(-1, 1, math.prod(shape), dtype=dtype).view(shape).to(device))
+        optimizer = AdamW([p], lr=0.01, regrow_warmup=5)
+        stepped(optimizer, p, 3)
+        reset_slots_(optimizer, p, torch.tensor([2], device=device))
+        stepped(optimizer, p, 9, seed=1)
+        return [p.detach(), *optimizer.state[p].values()]
+
+    for ours, formula in zip(trained(torch.float32), trained(torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), formula.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_refuses_an_optimizer_state_of_another_shape(device: torch.device) -> None:
+    good = {name: torch.ones(3, 4, 4, device=device) for name in ("values", "grad", "mean", "square")}
+    good |= {name: torch.ones(3, device=device) for name in ("size", "root")}
+    options = {"betas": (0.9, 0.999), "keep": 1.0, "eps": 1e-8}
+    for name in ("grad", "mean", "square", "size", "root"):
+        with pytest.raises(RegrowError, match=f"{name}.* is "):
+            gpu.adamw_(**{**good, name: torch.ones(2, device=device)}, **options)
+    assert torch.equal(good["values"], torch.ones(3, 4, 4, device=device))
 
 
 def test_a_re_allocated_block_is_updated_as_a_fresh_parameter() -> None:

@@ -64,7 +64,8 @@ def test_the_scale_of_a_rate_counts_where_a_rule_gives_the_rate() -> None:
 
 OTHER_TEXT = {"data": "a/hub-set", "size": "2/64", "distribution": "erk", "method": "set", "lr_rule": "inverse",
               "lr_scope": "all", "decay": "linear", "tokenizer": "a/hub-set", "text_field": "body", "fuse": "none",
-              "short_documents": "error", "report_to": "none,", "on_nonfinite": "skip", "layer": "lowrank"}  # fmt: skip
+              "short_documents": "error", "report_to": "none,", "on_nonfinite": "skip", "layer": "lowrank",
+              "precision": "bf16"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(PretrainConfig) if f.name not in (*NO_EFFECT, "base_width")])

@@ -1,4 +1,4 @@
-"""How fast the sparse layer is against the dense one, on this machine: ``regrow bench kernels``.
+"""How fast the sparse layer is against the dense one, on this machine or its GPU: ``regrow bench kernels``.
 
 Both sides go through autograd and their public layer: ``BlockSparseLinear`` against ``torch.nn.Linear``, forward,
 input gradient, weight gradient and bias gradient. ``eps`` is the sparse seconds per FLOP over the dense ones; a sparse
@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from regrow.bench.timing import Task, interleaved_medians
+from regrow.bench.place import Place
+from regrow.bench.timing import Task
 from regrow.kernels.machine import describe_machine
 from regrow.nn import BlockSparseLinear
 from regrow.nn.gathered import sparse_linear
@@ -68,6 +70,7 @@ def bench_kernels(
     tokens: Sequence[int] = (4096,),
     rounds: int = 7,
     progress: bool = False,
+    place: Place | None = None,
 ) -> list[Row]:
     """Measure every combination; dense and all sparse variants of a shape take turns in one process.
 
@@ -78,10 +81,10 @@ def bench_kernels(
         >>> row.block_size, row.density, row.speedup == row.dense_seconds / row.sparse_seconds
         (16, 0.5, True)
     """
-    rows = []
+    rows, place = [], place or Place()
     cases = [(shape, n) for shape in shapes for n in tokens]
     for shape, n in tqdm(cases, "measuring", unit="shape", disable=not progress, leave=False):
-        rows += _bench_shape(shape, n, blocks, densities, rounds)
+        rows += _bench_shape(shape, n, blocks, densities, rounds, place)
     return rows
 
 
@@ -101,9 +104,15 @@ class PeerRow:
 
 
 def bench_peers(
-    *, shapes: Sequence[Shape] = SHAPES, density: float = 0.1, tokens: int = 4096, rounds: int = 3
+    *,
+    shapes: Sequence[Shape] = SHAPES,
+    density: float = 0.1,
+    tokens: int = 4096,
+    rounds: int = 3,
+    place: Place | None = None,
 ) -> list[PeerRow]:
-    """PyTorch's CSR (single elements) and BSR (blocks of 16) products on the same patterns, against dense.
+    """PyTorch's CSR (single elements) and BSR (blocks of 16, on a GPU also 32 and 64) products on the same patterns,
+    against dense.
 
     CSR's backward pass forms a dense weight gradient; BSR has none. The layers of sparseprop and sparselab, both of
     single elements, are measured where these packages are installed.
@@ -112,12 +121,14 @@ def bench_peers(
         >>> [row.layout for row in bench_peers(shapes=[(32, 32)], density=0.5, tokens=4, rounds=1)][:2]
         ['torch csr', 'torch bsr']
     """
-    rows = []
+    rows, place = [], place or Place()
+    on: dict[str, Any] = {"device": place.device, "dtype": place.dtype}
+    others = [("torch bsr", 32), ("torch bsr", 64)] if place.is_gpu else [("sparseprop", 1), ("sparselab", 1)]
     for in_features, out_features in shapes:
-        x, cotangent = torch.randn(tokens, in_features), torch.randn(tokens, out_features)
-        dense_step = _step(nn.Linear(in_features, out_features), x, cotangent)
-        for layout, b in (("torch csr", 1), ("torch bsr", 16), ("sparseprop", 1), ("sparselab", 1)):
-            layer = BlockSparseLinear(in_features, out_features, block_size=b, density=density)
+        x, cotangent = place.randn(tokens, in_features), place.randn(tokens, out_features, seed=1)
+        dense_step = _step(nn.Linear(in_features, out_features, **on), x, cotangent)
+        for layout, b in [("torch csr", 1), ("torch bsr", 16), *others]:
+            layer = BlockSparseLinear(in_features, out_features, block_size=b, density=density, **on)
             peer = _peer_layer(layout, layer)
             if peer is not None:
                 forward, step = _forward(peer, x), _step(peer, x, cotangent)
@@ -126,7 +137,7 @@ def bench_peers(
             else:  # not installed
                 continue
             tasks = {name: task for name, task in (("forward", forward), ("step", step)) if _works(task)}
-            seconds = interleaved_medians({"dense": dense_step, **tasks}, rounds=rounds)
+            seconds = place.medians({"dense": dense_step, **tasks}, rounds=rounds, recorded=False)
             rows.append(
                 PeerRow(
                     layout=layout,
@@ -184,15 +195,15 @@ def _works(task: Task) -> bool:
 
 
 def _bench_shape(
-    shape: Shape, n_tokens: int, blocks: Sequence[Block], densities: Sequence[float], rounds: int
+    shape: Shape, n_tokens: int, blocks: Sequence[Block], densities: Sequence[float], rounds: int, place: Place
 ) -> list[Row]:
     in_features, out_features = shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n_tokens, in_features, generator=generator)
-    cotangent = torch.randn(n_tokens, out_features, generator=generator)
-    dense = nn.Linear(in_features, out_features)
+    x, cotangent = place.randn(n_tokens, in_features), place.randn(n_tokens, out_features, seed=1)
+    on: dict[str, Any] = {"device": place.device, "dtype": place.dtype}
+    dense = nn.Linear(in_features, out_features, **on)
     layers = {
-        (b, density): sparse_linear(in_features, out_features, block=b, density=density, generator=generator)
+        (b, density): sparse_linear(in_features, out_features, block=b, density=density, generator=generator, **on)
         for b in blocks
         for density in densities
     }
@@ -200,9 +211,9 @@ def _bench_shape(
     for name, layer in {"dense": dense, **{repr(key): layer for key, layer in layers.items()}}.items():
         tasks[f"{name} forward"] = _forward(layer, x)
         tasks[name] = _step(layer, x, cotangent)
-    for key, layer in layers.items():
-        tasks[f"{key!r} index"] = _update(layer)
-    seconds = interleaved_medians(tasks, rounds=rounds)
+    seconds = place.medians(tasks, rounds=rounds)
+    updates = {f"{key!r} index": _update(layer) for key, layer in layers.items()}
+    seconds |= place.medians(updates, rounds=rounds, recorded=False)
     flops = 6 * n_tokens * in_features * out_features
     dense_seconds = seconds["dense"]
     return [
@@ -247,13 +258,24 @@ def _step(layer: nn.Module, x: Tensor, cotangent: Tensor) -> Task:
 def _update(layer: BlockSparseLinear) -> Task:
     """A topology update that moves every block to where it is: what it costs does not depend on the moves."""
     rows, cols = layer.topology.coordinates()
-    update = TopologyUpdate(torch.arange(rows.numel()), rows, cols)
+    update = TopologyUpdate(torch.arange(rows.numel(), device=rows.device), rows, cols)
     return lambda: layer.topology.reallocate(update)
 
 
-def write_json(rows: Sequence[Row], path: Path, peers: Sequence[PeerRow] = ()) -> None:
-    """The rows with the machine they were measured on."""
-    document = {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
+def write_json(
+    rows: Sequence[Row], path: Path, peers: Sequence[PeerRow] = (), *, place: Place | None = None, bandwidth: float
+) -> None:
+    """The rows with the machine they were measured on, and its roofs.
+
+    ``roofs`` are the highest dense speed that was seen (10^9 FLOPs a second) and the memory's (10^9 bytes a second).
+    """
+    place = place or Place()
+    document = {
+        "machine": describe_machine(place.device),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "roofs": {"gflops": max((row.dense_gflops for row in rows), default=0.0), "gigabytes": bandwidth},
+        "rows": [asdict(row) for row in rows],
+    }
     if peers:
         document["peers"] = [asdict(row) for row in peers]
     path.write_text(json.dumps(document, indent=1) + "\n")

@@ -17,12 +17,14 @@ def interleaved_medians(
     rounds: int,
     warm_up: int = 2,
     untimed: int = 0,
+    wait: Task = lambda: None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[Name, float]:
     """Median seconds of each task over ``rounds``; in every round each runs once, in turn.
 
     A machine whose speed drifts then slows all of them alike, and ratios of the medians hold. With ``untimed`` a task
     is called so often right before its call is timed: then the caches hold what is its own, and not the others'.
+    ``wait`` is called before either look at the clock: until a device has done what it was told.
 
     Example:
         >>> calls = []
@@ -35,8 +37,10 @@ def interleaved_medians(
         for name, task in tasks.items():
             for _ in range(untimed):
                 task()
+            wait()
             started = time.perf_counter()
             task()
+            wait()
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return {name: median(times) for name, times in seconds.items()}

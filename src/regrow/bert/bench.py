@@ -3,7 +3,8 @@
 Dense is the strongest baseline that PyTorch and transformers give here: transformers' BERT with
 ``scaled_dot_product_attention``, the vocabulary head on the masked positions only, PyTorch's fused AdamW, and memory
 kept by the process (:mod:`regrow.allocator`). The same dense model with this library's fused operations is measured
-beside it, to tell what sparsity gives from what fusing gives. All take turns in one process.
+beside it, to tell what sparsity gives from what fusing gives. All take turns in one process. On a GPU in 16 bits all
+run under autocast; with ``compile`` all go through torch.compile.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from tqdm.auto import tqdm
 
 from regrow.bench.picture import new_figure
-from regrow.bench.timing import interleaved_medians
+from regrow.bench.place import Place
 from regrow.bert.fused import Fusions, Tokens
 from regrow.bert.masking import IGNORE
 from regrow.bert.model import build_model
@@ -73,13 +75,22 @@ class StepConfig:
     encoder_only: bool = False
     """Forward and backward of the encoder's layers alone: no embeddings, no heads, no optimizer."""
     rounds: int = 7
+    device: str = "cpu"
+    dtype: str | None = None
+    """None: float32 on a CPU, bf16 under autocast on a GPU."""
+    compile: bool = False
+    """Every model, also dense, through torch.compile."""
+
+    @property
+    def place(self) -> Place:
+        return Place.named(self.device, self.dtype)
 
     def check(self) -> None:
         """Raise :class:`RegrowError` for values that no model can have."""
         check_density(self.density)
         hidden = bert_config(self.size, vocab_size=self.vocab_size, max_length=self.max_length).hidden_size
         check_block_size(hidden, 4 * hidden, self.block_size)
-        Fusions.named(self.fuse)
+        _ = Fusions.named(self.fuse), self.place
         for name in ("batch_size", "max_length", "vocab_size", "rounds"):
             if getattr(self, name) < 1:
                 raise RegrowError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -99,8 +110,9 @@ def bench_step(
         ``parts`` (seconds of each part of a step by model, from a profile of a few steps), ``tokens_per_second``,
         ``memory`` (bytes by model: ``state`` is weights, gradients, optimizer and indices; ``activations`` what
         autograd keeps from the forward for the backward pass; ``peak`` the most at any time), ``config``,
-        ``baseline``, ``machine``; with ``ablate``, ``without`` (seconds of the sparse step by what is off);
-        with ``blocks``, ``by_block`` (seconds of the sparse step by block size).
+        ``baseline``, ``machine``; on a GPU ``busy``, the share of a step's time by model in which kernels run; with
+        ``ablate``, ``without`` (seconds of the sparse step by what is off); with ``blocks``, ``by_block`` (seconds of
+        the sparse step by block size).
 
     Raises:
         RegrowError: a value that no model can have.
@@ -122,9 +134,11 @@ def bench_step(
         variant.check()
     tasks = steps | {name: _Step(variant, SPARSE) for name, variant in variants.items()}
     watch = (lambda rounds: tqdm(rounds, "measuring", unit="round", leave=False)) if progress else iter
-    medians = interleaved_medians(tasks, rounds=config.rounds, warm_up=_WARM_UP, progress=watch)
+    place = config.place
+    medians = place.medians(tasks, rounds=config.rounds, warm_up=_WARM_UP, progress=watch, recorded=False)
     seconds = {name: medians[name] for name in steps}
     profiles = {name: _profile(step, config) for name, step in steps.items()}
+    busy = {name: sum(parts.values()) / seconds[name] for name, (parts, _) in profiles.items()}
     return {
         "dense_seconds": seconds[DENSE],
         "sparse_seconds": seconds[SPARSE],
@@ -139,7 +153,8 @@ def bench_step(
         "density": density_of(layer for _, layer in named_sparse_layers(steps[SPARSE].model)),
         "config": asdict(config),
         "baseline": " ".join((__doc__ or "").partition("\n\n")[2].split()),
-        "machine": describe_machine(),
+        "machine": describe_machine(place.device),
+        **({"busy": busy} if place.is_gpu else {}),
         **({"by_block": {str(b): medians[str(b)] for b in blocks}} if blocks else {}),
         **({"without": {name: medians[name] for name in rest}} if ablate else {}),
     }
@@ -159,10 +174,14 @@ class _Step:
             block_size=config.block_size,
             fusions=Fusions.named(fusions),
         ).train()
-        self.batch = _batch(config)
+        self.place = place = config.place
+        self.model.to(place.device)
+        self.run = torch.compile(self.model) if config.compile else self.model
+        self.batch = {name: value.to(place.device) for name, value in _batch(config).items()}
         self.encoder_only = config.encoder_only
         shape = config.batch_size, config.max_length, bert.hidden_size
-        self.hidden, self.cotangent = torch.randn(shape).requires_grad_(), torch.randn(shape)
+        self.hidden = torch.randn(shape, device=place.device).requires_grad_()
+        self.cotangent = torch.randn(shape, device=place.device)
         make = AdamW if name == SPARSE else torch.optim.AdamW
         self.optimizer = make(self.model.parameters(), lr=1e-4, fused=True)
 
@@ -176,13 +195,13 @@ class _Step:
 
     def forward(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        if not self.encoder_only:
-            return self.model(**self.batch).loss
         self.hidden.grad = None
-        return _encode(self.model.bert, self.hidden)
+        place = self.place
+        with torch.autocast(place.device.type, place.dtype, enabled=place.dtype is not torch.float32):
+            return _encode(self.model.bert, self.hidden) if self.encoder_only else self.run(**self.batch).loss
 
     def backward(self, output: Tensor) -> None:
-        output.backward(self.cotangent if self.encoder_only else None)
+        output.backward(self.cotangent.to(output.dtype) if self.encoder_only else None)
 
     def state_bytes(self) -> int:
         kept = [*self.model.state_dict().values(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
@@ -222,28 +241,43 @@ def _batch(config: StepConfig) -> dict[str, Tensor]:
 def _encode(bert: Any, x: Tensor) -> Tensor:
     if not hasattr(bert, "fusions"):
         return bert.encoder(x).last_hidden_state
-    tokens = Tokens.of(x.shape[:2], None, True, x.device)
+    tokens, fusions = Tokens.of(x.shape[:2], None, True, x.device), bert.fusions.on(x.device)
     x = tokens.pack(x)
     for layer in bert.encoder.layer:
-        x = layer(x, tokens, bert.fusions)
+        x = layer(x, tokens, fusions)
     return tokens.pad(x)
 
 
 def _profile(step: _Step, config: StepConfig, rounds: int = 3) -> tuple[dict[str, float], int]:
-    """Seconds of each part of a step, and the most bytes held at any time of it."""
+    """Seconds of each part of a step, on a GPU of its kernels, and the most bytes held at any time of it."""
     step.optimizer.zero_grad(set_to_none=True)
     held = step.state_bytes()
     plan = schedule(wait=0, warmup=rounds, active=rounds)  # the profiler's own memory has to find its place too
     options: dict[str, Any] = {"record_shapes": True, "profile_memory": True}
-    with profile(activities=[ProfilerActivity.CPU], schedule=plan, **options) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if step.place.is_gpu else [])]
+    before = _start_counting(step.place)
+    with profile(activities=activities, schedule=plan, **options) as profiler:
         for number in range(2 * rounds):
             if number:
                 profiler.step()
             step()
     parts = dict.fromkeys([name for name, _ in _PARTS] + ["optimizer and clipping", "other"], 0.0)
     for event in profiler.events() or []:
-        parts[_part_of(event, config.vocab_size)] += event.self_cpu_time_total / 1e6 / rounds
-    return {name: value for name, value in parts.items() if value}, held + _highest(profiler)
+        if event.device_type != DeviceType.CPU:  # kernels are listed too, beside the operations that started them
+            continue
+        spent = event.self_device_time_total if step.place.is_gpu else event.self_cpu_time_total
+        parts[_part_of(event, config.vocab_size)] += spent / 1e6 / rounds
+    most = torch.cuda.max_memory_allocated() - before if step.place.is_gpu else _highest(profiler)
+    return {name: value for name, value in parts.items() if value}, held + most
+
+
+def _start_counting(place: Place) -> int:
+    """Bytes that a GPU's tensors hold now; from here on it counts anew how high that goes."""
+    if not place.is_gpu:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _part_of(event: Any, vocab_size: int) -> str:
@@ -283,6 +317,8 @@ def table(result: dict[str, Any]) -> str:
     for kind in ("state", "activations", "peak"):
         rows += [line(f"{kind}, MB", (f"{memory[name][kind] / 1e6:,.0f}" for name in _TITLES))]
     rows.append("")
+    if "busy" in result:
+        rows.append(line("GPU busy, %", (f"{100 * result['busy'][name]:.0f}" for name in _TITLES)))
     rows.append(
         f"dense over sparse {result['speedup']:.2f}x; dense over dense fused "
         f"{result['dense_seconds'] / result['dense_fused_seconds']:.2f}x"

@@ -65,6 +65,7 @@ def finetune(
             overwritten, and nothing is written before all of them have been read.
     """
     config.check()
+    config.check_machine()
     if started_by_torchrun():
         raise RegrowError("fine-tuning runs in one process; start it without torchrun")
     run = RunDirectory(config.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from regrow.bert.options import TrainingOptions
+from regrow.bert.options import PRECISION_HELP, Precision, TrainingOptions
 from regrow.bert.tasks.task import task_named
 from regrow.errors import RegrowError
 from regrow.methods import WeightTransform, available, method_class
@@ -70,6 +70,7 @@ class FinetuneConfig(TrainingOptions):
     )
     dropout: float | None = _option(None, "by default as the model says")
     fuse: str = _option("all", "fused operations: all, none, or some of attention,norm,ffn,qkv,unpad")
+    precision: Precision = _option("float32", PRECISION_HELP)
     max_length: int | None = _option(
         None, "tokens of an example; by default 128, or 384 for squad, if the model has so many positions"
     )

@@ -7,7 +7,7 @@ passes of transformers' ``BertModel`` and ``BertLayer`` by ones made of the fuse
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert.modeling_bert import BertLayer, BertModel, BertOutput, BertSelfOutput
 
 from regrow.errors import RegrowError
+from regrow.kernels import gpu
 from regrow.nn import BlockSparseLinear
 from regrow.nn.attention import attention
 from regrow.nn.ffn import sparse_ffn
@@ -63,6 +64,15 @@ class Fusions:
         if unknown := [name for name in chosen if name not in known]:
             raise RegrowError(f"fuse must be all, none, or some of {','.join(known)}; {unknown[0]!r} is none of them")
         return cls(**{name: name in chosen for name in known})
+
+    def on(self, device: torch.device) -> Fusions:
+        """Those of them that are used on a device: all on a CPU; on a GPU, where there are no such kernels of ours,
+        PyTorch's own attention, dropout and LayerNorm, on padded batches, whose shapes never change.
+
+        >>> Fusions().on(torch.device("cuda"))
+        Fusions(attention=False, norm=False, ffn=True, qkv=True, unpad=False, loss=True)
+        """
+        return replace(self, attention=False, norm=False, unpad=False) if gpu.handles(device) else self
 
 
 def fuse(model: Model, fusions: Fusions | None = None) -> Model:
@@ -129,7 +139,7 @@ class Tokens:
         """``mask [batch, length]`` is non-zero at real tokens."""
         batch, length = shape
         real = None if mask is None else mask.bool()
-        if real is not None and bool(real.all()):
+        if real is not None and not gpu.handles(device) and bool(real.all()):  # a GPU would have to be waited for
             real = None
         if real is None or not unpad:
             ends = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)
@@ -165,10 +175,11 @@ def _forward(
         if as_dict is not None:
             others["return_dict"] = as_dict
         return BertModel.forward(self, input_ids, attention_mask, token_type_ids, **others)
-    tokens = Tokens.of(input_ids.shape, attention_mask, self.fusions.unpad, input_ids.device)
-    x = _embed(self, input_ids, token_type_ids, tokens, shared)
+    fusions = self.fusions.on(input_ids.device)
+    tokens = Tokens.of(input_ids.shape, attention_mask, fusions.unpad, input_ids.device)
+    x = _embed(self, input_ids, token_type_ids, tokens, shared, fusions)
     for layer in self.encoder.layer:
-        x = layer(x, tokens, self.fusions)
+        x = layer(x, tokens, fusions)
     hidden = tokens.pad(x)
     pooled = None if self.pooler is None else self.pooler(hidden)
     output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
@@ -176,7 +187,12 @@ def _forward(
 
 
 def _embed(
-    bert: BertModel, input_ids: Tensor, token_type_ids: Tensor | None, tokens: Tokens, shared: SharedGradient | None
+    bert: BertModel,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    tokens: Tokens,
+    shared: SharedGradient | None,
+    fusions: Fusions,
 ) -> Tensor:
     part = bert.embeddings
     ids = tokens.pack(input_ids)
@@ -185,7 +201,7 @@ def _embed(
     word = part.word_embeddings
     words = word(ids) if shared is None else tied_embedding(ids, word.weight, shared, word.padding_idx)
     places = part.position_embeddings(tokens.pack(positions)) + part.token_type_embeddings(tokens.pack(types))
-    if not bert.fusions.norm:
+    if not fusions.norm:
         return part.dropout(part.LayerNorm(words + places))
     norm = part.LayerNorm
     x = dropout_add_norm(words, places, norm.weight, norm.bias, eps=norm.eps)

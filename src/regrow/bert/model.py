@@ -70,8 +70,9 @@ class BertForPreTraining(transformers.BertForPreTraining):
         fused_loss = fusions.loss and self.training
         tied = fused_loss and head.decoder.weight is self.get_input_embeddings().weight
         shared = SharedGradient() if tied else None
-        hidden, pooled = self.bert(input_ids, **inputs, **({"shared": shared} if tied else {}))[:2]
+        # Before the encoder: how many there are is not known on the host, which on a GPU waits for it.
         rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+        hidden, pooled = self.bert(input_ids, **inputs, **({"shared": shared} if tied else {}))[:2]
         predicted, targets = hidden.flatten(0, 1).index_select(0, rows), labels.flatten().index_select(0, rows)
         if fused_loss:
             logits, decoder = None, head.decoder

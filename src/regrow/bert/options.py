@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +17,9 @@ from regrow.training import RegrowCallback, UpdateSchedule
 from regrow.training.finite import OnNonfinite
 from regrow.training.schedule import Decay
 
+Precision = Literal["float32", "bf16"]
+PRECISION_HELP = "bf16: autocast, on a GPU; weights and optimizer state stay float32"
+
 
 class TrainingOptions:
     """Base of the configurations, which are dataclasses and declare these fields with their defaults and help."""
@@ -29,6 +32,7 @@ class TrainingOptions:
     on_nonfinite: OnNonfinite
     dropout: float | None
     fuse: str
+    precision: Precision
     n_updates: int | None
     drop_fraction: float
     decay: Decay
@@ -77,10 +81,17 @@ class TrainingOptions:
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise RegrowError(f"learning_rate must be positive, got {self.learning_rate}")
         _ = self.schedule_over(steps), Fusions.named(self.fuse), self.trackers
+        if self.precision not in get_args(Precision):
+            raise RegrowError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
         if not 0 <= self.warmup <= 1:
             raise RegrowError(f"warmup is a share of the steps in [0, 1], got {self.warmup}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise RegrowError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    def check_machine(self) -> None:
+        """Raise :class:`RegrowError` for what only another machine can do: a study may be planned here for a GPU."""
+        if self.precision != "float32" and not torch.cuda.is_available():
+            raise RegrowError(f"precision={self.precision!r} needs a CUDA GPU, and there is none; use float32")
 
     def arguments(self, checkpoints: Path, *, steps: int, eval_steps: int, **more: Any) -> TrainingArguments:
         """What transformers' ``Trainer`` is to know; ``batch_size`` is shared by all processes."""
@@ -89,6 +100,7 @@ class TrainingOptions:
             max_steps=steps,
             per_device_train_batch_size=self.batch_size // world_size(),
             per_device_eval_batch_size=self.batch_size // world_size(),
+            bf16=self.precision == "bf16",
             use_cpu=world_size() > 1 and not torch.cuda.is_available(),
             lr_scheduler_type="linear",
             warmup_steps=round(self.warmup * steps),

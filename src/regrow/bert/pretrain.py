@@ -21,7 +21,7 @@ from regrow.bert.data import PretrainingSplits, prepare_splits
 from regrow.bert.fused import Fusions
 from regrow.bert.masking import WholeWordMasker
 from regrow.bert.model import BertForPreTraining, build_model, dense_bytes, stored_bytes
-from regrow.bert.options import TrainingOptions
+from regrow.bert.options import PRECISION_HELP, Precision, TrainingOptions
 from regrow.bert.progress import ProgressBar
 from regrow.bert.repattern import repattern_
 from regrow.bert.run import RunDirectory, writing
@@ -107,6 +107,7 @@ class PretrainConfig(TrainingOptions):
     )
     dropout: float | None = _option(None, "by default 0.1 for sizes above small, else 0, as in the paper")
     fuse: str = _option("all", "fused operations: all, none, or some of attention,norm,ffn,qkv,unpad,loss")
+    precision: Precision = _option("float32", PRECISION_HELP)
     parallel: Literal["ddp", "fsdp"] = _option(
         "ddp",
         "what each of several processes holds: the whole model (ddp), or a share of its weights, gradients and "
@@ -236,6 +237,7 @@ def pretrain(
             share a batch evenly. An existing run is never overwritten.
     """
     config.check()
+    config.check_machine()
     layer = _layer(config, method, layer)
     _join(config)
     run = RunDirectory(config.output)

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -139,7 +139,7 @@ class RunDirectory:
         """Append one line to ``metrics.jsonl``."""
         self._append(METRICS_FILE, [metrics])
 
-    def log_updates(self, records: list[UpdateRecord], totals: Mapping[str, Any]) -> None:
+    def log_updates(self, records: Sequence[UpdateRecord], totals: Mapping[str, Any]) -> None:
         """A line per record to ``topology.jsonl``, and ``totals`` and their means to ``metrics.jsonl``."""
         self._append(TOPOLOGY_LOG, [asdict(record) for record in records])
         means = {f"update_{name}": value for name, value in mean_record(records).items()}

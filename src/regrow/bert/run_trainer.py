@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,9 @@ from regrow.training import RegrowCallback, SafeTrainer, UpdateRecord
 from regrow.training.checkpoint import JSON_FILE, damaged, load_json
 from regrow.training.checks import is_count, is_number
 from regrow.training.metrics import mean_record
+
+_DEATH_IS_TOLD = 1.0
+"""Seconds within which the system tells of a process that has closed its connections."""
 
 
 class RunTrainer(SafeTrainer):
@@ -102,7 +105,11 @@ class RunTrainer(SafeTrainer):
             self._training = True
             self._start_clock()
         started = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        try:
+            batches = super().get_batch_samples(*args, **kwargs)
+        except (ConnectionError, EOFError) as error:  # a process ended while it handed a batch over
+            time.sleep(_DEATH_IS_TOLD)  # if it was killed, the signal of that is an error from here
+            raise RuntimeError("DataLoader worker exited unexpectedly") from error
         self._waited += time.perf_counter() - started
         return batches
 
@@ -148,7 +155,7 @@ class RunTrainer(SafeTrainer):
         with writing(f"the model in {self.run.path}"):
             super().save_model(*args, **kwargs)
 
-    def _log_updates(self, records: list[UpdateRecord]) -> None:
+    def _log_updates(self, records: Sequence[UpdateRecord]) -> None:
         self.run.log_updates(records, self._totals())
         super().log({f"update_{name}": value for name, value in mean_record(records).items()})  # for trackers
 

@@ -21,6 +21,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _kernels(argv: Sequence[str]) -> int:
     from regrow.bench.kernels import SHAPES, bench_kernels, bench_peers, peer_table, table, write_json
+    from regrow.bench.place import Place
     from regrow.bench.roofline import memory_bandwidth, plot
 
     parser = OneLineParser(
@@ -38,12 +39,14 @@ def _kernels(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=list_of(int), default="4096", help="rows of the input")
     parser.add_argument("--rounds", type=int, default=7, help="medians are taken over so many rounds")
     parser.add_argument("--peers", action="store_true", help="also PyTorch's own CSR and BSR layouts")
+    _add_place(parser)
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds: under 40 seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine to a file")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the roofline, as .png or .svg (needs regrow[plot])"
     )
     asked = parser.parse_args(argv)
+    place = Place.named(asked.device, asked.dtype)
     shapes, rounds = (asked.shapes[1:3], 3) if asked.quick else (asked.shapes, asked.rounds)
     rows = bench_kernels(
         shapes=shapes,
@@ -52,17 +55,26 @@ def _kernels(argv: Sequence[str]) -> int:
         tokens=asked.tokens,
         rounds=rounds,
         progress=True,
+        place=place,
     )
     print(table(rows))
     peers = []
     if asked.peers:
-        peers = bench_peers(shapes=shapes, density=asked.densities[0], tokens=asked.tokens[0], rounds=3)
+        peers = bench_peers(shapes=shapes, density=asked.densities[0], tokens=asked.tokens[0], rounds=3, place=place)
         print(peer_table(peers))
+    if asked.json is None and asked.plot is None:
+        return 0
+    bandwidth = memory_bandwidth(place)
     if asked.json is not None:
-        write_json(rows, asked.json, peers)
+        write_json(rows, asked.json, peers, place=place, bandwidth=bandwidth)
     if asked.plot is not None:
-        plot(rows, memory_bandwidth(), asked.plot)
+        plot(rows, bandwidth, asked.plot, size=place.dtype.itemsize)
     return 0
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU (default: %(default)s)")
+    parser.add_argument("--dtype", help="float32, bf16 or fp16; by default float32 on a CPU and bf16 on a GPU")
 
 
 def _step(argv: Sequence[str]) -> int:
@@ -89,6 +101,8 @@ def _step(argv: Sequence[str]) -> int:
     parser.add_argument("--encoder-only", action="store_true", help="the encoder's layers alone")
     parser.add_argument("--rounds", type=int, default=config.rounds, help="medians are taken over so many rounds")
     parser.add_argument("--blocks", type=list_of(int), default=[], help="other block sizes to time, as 4,1")
+    _add_place(parser)
+    parser.add_argument("--compile", action="store_true", help="all models, also dense, through torch.compile")
     parser.add_argument("--ablate", action="store_true", help="also the sparse step with each fused operation off")
     parser.add_argument("--quick", action="store_true", help="three rounds: under a minute for small")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result and the machine to a file")

@@ -32,6 +32,15 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
         )
 
 
+def check_adamw(values: Tensor, grad: Tensor, mean: Tensor, square: Tensor, size: Tensor, root: Tensor) -> None:
+    """All float32 and where ``values`` are: moments of their shape, which may come from a file, one number a block."""
+    shape, device = tuple(values.shape), values.device
+    for name, array in (("gradient", grad), ("mean", mean), ("square", square)):
+        check_tensor(name, array, shape, torch.float32, device)
+    for name, array in (("size", size), ("root", root)):
+        check_tensor(name, array, shape[:1], torch.float32, device)
+
+
 # ---- block-sparse weights -------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
-from regrow.kernels.checks import check_tensor
+from regrow.kernels.checks import check_adamw, check_tensor
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
 GATHERED = (16, 1)
@@ -158,12 +158,9 @@ def adamw_(
     Raises:
         RegrowError: a shape or dtype is another; moments may come from a file.
     """
-    shape, n = tuple(values.shape), (values.shape[0],)
-    for name, array in (("gradient", grad), ("mean", mean), ("square", square)):
-        _check_float32(name, array, shape)
-    for name, array in (("size", size), ("root", root)):
-        _check_float32(name, array, n)
-    call("adamw", (values, grad, mean, square, size, root), *n, prod(shape[1:]), *betas, keep, eps)
+    check_adamw(values, grad, mean, square, size, root)
+    n, *block = values.shape
+    call("adamw", (values, grad, mean, square, size, root), n, prod(block), *betas, keep, eps)
 
 
 def supports_dense(x: Tensor) -> bool:

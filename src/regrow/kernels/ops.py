@@ -2,24 +2,27 @@
 
 Each has a fake (shape-only) implementation and a gradient made of the other two, so double backward works and
 nothing dense appears. ``regrow::spmm_gelu`` fuses an activation and has one gradient, an operator of its own. float32
-on a CPU runs the compiled kernels, everything else the reference.
+on a CPU runs the compiled kernels, float32 and 16 bits on a GPU the Triton kernels, everything else the reference.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
-from regrow.kernels import cpu, reference
+from regrow.kernels import cpu, gpu, reference
 from regrow.kernels.checks import check_bias, check_blocks, check_contents, check_data, check_in, check_index, check_out
 from regrow.kernels.register import register_operator
 
 _INDEX = "Tensor row_ptr, Tensor col_idx, Tensor slot"
 
 torch.library.define("regrow::spmm", f"(Tensor x, Tensor values, Tensor? bias, {_INDEX}) -> Tensor")
-torch.library.define("regrow::spmm_t", f"(Tensor g, Tensor values, {_INDEX}, SymInt in_features) -> Tensor")
+torch.library.define(
+    "regrow::spmm_t", f"(Tensor g, Tensor values, {_INDEX}, SymInt in_features, bool feature_major=False) -> Tensor"
+)
 torch.library.define(
     "regrow::sddmm",
     f"(Tensor g, Tensor x, {_INDEX}, SymInt block_size, bool with_sum, SymInt? block_cols=None) -> (Tensor, Tensor)",
@@ -139,6 +142,11 @@ def spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, c
 # ---- forward --------------------------------------------------------------------------------------
 
 
+def _kernels(x: Tensor, height: int, width: int) -> ModuleType | None:
+    """The module whose ``spmm``, ``spmm_t``, ``sddmm`` and ``spmm_gelu`` are for ``x`` and such blocks."""
+    return next((module for module in (gpu, cpu) if module.supports(x, height, width)), None)
+
+
 def _check_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor]) -> None:
     check_data("x", x, {"values": values, "bias": bias})
     check_blocks(values, index, columns=True)
@@ -148,24 +156,34 @@ def _check_forward(x: Tensor, values: Tensor, bias: Tensor | None, index: Sequen
 
 def _spmm(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
     _check_forward(x, values, bias, index)
-    if cpu.supports(x, *values.shape[1:]):
-        return cpu.spmm(x, values, bias, index)
+    if kernels := _kernels(x, *values.shape[1:]):
+        return kernels.spmm(x, values, bias, index)
     check_contents(index, x.shape[1] // values.shape[2])
     return reference.spmm(x, values, bias, index)
 
 
 def _spmm_t(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    *index, in_features = rest
+    index, in_features, feature_major = _spmm_t_rest(*rest)
     check_data("g", g, {"values": values})
     check_blocks(values, index, columns=True)
     _, b, width = values.shape
     check_out("g", g, index[0], b)
     if in_features < 0 or in_features % width:
         raise RegrowError(f"in_features is {in_features}; it must be a multiple of the block edge, {width}")
-    if cpu.supports(g, b, width):
-        return cpu.spmm_t(g, values, index, in_features)
+    kernels = _kernels(g, b, width)
+    if kernels is gpu:
+        return gpu.spmm_t(g, values, index, in_features, feature_major)
+    if kernels:
+        return kernels.spmm_t(g, values, index, in_features)
     check_contents(index, in_features // width)
     return reference.spmm_t(g, values, index, in_features)
+
+
+def _spmm_t_rest(
+    row_ptr: Tensor, col_idx: Tensor, slot: Tensor, in_features: int, feature_major: bool = False
+) -> tuple[tuple[Tensor, Tensor, Tensor], int, bool]:
+    """Index arrays, ``in_features``, and whether a GPU's result is to have the tokens of a feature side by side."""
+    return (row_ptr, col_idx, slot), in_features, feature_major
 
 
 def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -182,8 +200,8 @@ def _sddmm(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         raise RegrowError(f"g has {g.shape[0]} rows and x has {x.shape[0]}; they must agree")
     if index[1].numel() != index[2].numel():
         raise RegrowError("col_idx and slot must have one entry per block")
-    if cpu.supports(g, b, width):
-        return cpu.sddmm(g, x, index, b, width, with_sum)
+    if kernels := _kernels(g, b, width):
+        return kernels.sddmm(g, x, index, b, width, with_sum)
     check_contents(index, x.shape[1] // width)
     return reference.sddmm(g, x, index, b, width), g.sum(0) if with_sum else g.new_empty(0)
 
@@ -198,8 +216,8 @@ def _sddmm_rest(
 def _spmm_gelu(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *index, with_slope = rest
     _check_forward(x, values, bias, index)
-    if cpu.supports(x, *values.shape[1:]):
-        return cpu.spmm_gelu(x, values, bias, index, with_slope)
+    if kernels := _kernels(x, *values.shape[1:]):
+        return kernels.spmm_gelu(x, values, bias, index, with_slope)
     check_contents(index, x.shape[1] // values.shape[2])
     y, slope = reference.gelu_with_slope(reference.spmm(x, values, bias, index))
     return y, slope if with_slope else x.new_empty(0)
@@ -218,10 +236,10 @@ def _spmm_gelu_backward(
     if not g.shape[0] == slope.shape[0] == x.shape[0]:
         raise RegrowError(f"g, slope and x have {g.shape[0]}, {slope.shape[0]} and {x.shape[0]} rows; they must agree")
     dx, dvalues, dbias = (g.new_empty(0) for _ in range(3))
-    if not cpu.supports(g, b, width):
-        h = g * slope
+    if _kernels(g, b, width) is not cpu:  # whose kernels alone multiply while they read
+        h = _laid_out(g * slope, b, width)
         if need_x:
-            dx = _spmm_t(h, values, *index, x.shape[1])
+            dx = _spmm_t(h, values, *index, x.shape[1], gpu.is_feature_major(x))
         if need_values or need_bias:
             dvalues, dbias = _sddmm(h, x, *index, b, need_bias, width)
         return dx, dvalues, dbias
@@ -232,12 +250,18 @@ def _spmm_gelu_backward(
     return dx, dvalues, dbias
 
 
+def _laid_out(g: Tensor, height: int, width: int) -> Tensor:
+    """``g`` as both products of a backward pass want it, so that it is copied once if at all."""
+    return gpu.laid_out(g, gpu.plan(height, width)) if _kernels(g, height, width) is gpu else g
+
+
 def _spmm_fake(x: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], (index[0].shape[0] - 1) * values.shape[1])
 
 
 def _spmm_t_fake(g: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return g.new_empty(g.shape[0], rest[-1])
+    _, in_features, feature_major = _spmm_t_rest(*rest)
+    return gpu.empty(g, in_features, feature_major and _kernels(g, *values.shape[1:]) is gpu)
 
 
 def _sddmm_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -247,7 +271,9 @@ def _sddmm_fake(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _spmm_gelu_fake(x: Tensor, values: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *index, with_slope = rest
-    y = _spmm_fake(x, values, bias, *index)
+    _, height, width = values.shape
+    on_gpu = _kernels(x, height, width) is gpu
+    y = gpu.empty(x, (index[0].shape[0] - 1) * height, on_gpu and gpu.plan(height, width).feature_major)
     return y, torch.empty_like(y) if with_slope else x.new_empty(0)
 
 
@@ -256,8 +282,10 @@ def _spmm_gelu_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_index, need_x, need_values, need_bias = rest
     with_sddmm = need_values or need_bias
+    _, height, width = values.shape
+    feature_major = gpu.is_feature_major(x) and _kernels(x, height, width) is gpu
     return (
-        x.new_empty(x.shape if need_x else 0),
+        gpu.empty(x, x.shape[1], feature_major) if need_x else x.new_empty(0),
         values.new_empty(values.shape if with_sddmm else 0),
         g.new_empty(g.shape[1] if need_bias else 0),
     )
@@ -280,7 +308,8 @@ def _spmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _spmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values, *index = ctx.saved_tensors
     need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-    dx = _SPMM_T(g, values, *index, x.shape[1]) if need_x else None
+    g = _laid_out(g, *values.shape[1:])
+    dx = _SPMM_T(g, values, *index, x.shape[1], gpu.is_feature_major(x)) if need_x else None
     dvalues = dbias = None
     if need_values:  # its pass over g yields the bias's gradient too
         dvalues, dbias = _SDDMM(g, x, *index, values.shape[1], need_bias, values.shape[2])
@@ -294,7 +323,7 @@ def _spmm_t_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     need_g, need_values = ctx.needs_input_grad[:2]
     dg = _SPMM(h, values, None, *index) if need_g else None
     dvalues = _SDDMM(g, h, *index, values.shape[1], False, values.shape[2])[0] if need_values else None
-    return dg, dvalues, *[None] * 4
+    return dg, dvalues, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _sddmm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

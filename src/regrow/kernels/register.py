@@ -5,6 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+"""Inside an operator nothing is cast: a kernel is handed addresses, and its result has the dtype that was promised."""
+
 
 def register_operator(name: str, forward: Any, fake: Any, gradient: Any, setup: Any) -> None:
     """Implement the operator ``regrow::name``, whose schema is defined already.
@@ -17,7 +21,7 @@ def register_operator(name: str, forward: Any, fake: Any, gradient: Any, setup: 
     op = getattr(torch.ops.regrow, name).default
 
     def without_gradient(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return op(*args)
 
     # What torch.library.register_autograd makes too, but that reads the schema anew at every call, which takes longer

@@ -39,6 +39,7 @@ from regrow.methods.scores import Norm, block_norm, check_norm, weakest
 from regrow.methods.signals import Signals
 from regrow.optim.group_lasso import BlockFactor, group_lasso_
 from regrow.topology import BlockTopology, TopologyUpdate
+from regrow.topology.fixed_size import sent
 from regrow.topology.sampling import sample_free_by_group
 
 
@@ -106,7 +107,7 @@ class DynSparse(Method):
         taken = keys_without(topology, dropped) if self.regrow_pruned else topology.keys()
         k, new = dropped.numel(), dropped.new_empty(0)
         if self.growth == "unexplored" and signals.explored is not None:
-            new = signals.explored.sample_new(k, signals.generator).to(taken.device)
+            new = sent(signals.explored.sample_new(k, signals.generator), taken.device)
         rest = topology.free_positions(k - new.numel(), signals.generator, occupied=torch.cat([taken, new]))
         return exchange(topology, dropped, torch.cat([new, rest]))
 

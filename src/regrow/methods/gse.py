@@ -133,7 +133,7 @@ class GSE(Method):
         else:
             of_rows, of_cols = gradient.side_norms()
             scores = block_norm(blocks, "l2") / (of_rows[rows] * of_cols[cols]).clamp_min(_TINY)
-        return strongest([(candidates, scores)], k, excluded=taken)
+        return strongest([(candidates, scores)], k, excluded=taken.new_empty(0))  # none is taken
 
     def _candidates(self, signals: Signals, gradient: Gradient, taken: Tensor) -> Tensor:
         topology = signals.topology

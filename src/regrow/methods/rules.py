@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
 from regrow.methods.signals import Signals
 from regrow.topology import BlockTopology, TopologyUpdate
+from regrow.topology.fixed_size import is_among, remaining
 
 
 def exchange(topology: BlockTopology, dropped: Tensor, positions: Tensor) -> TopologyUpdate | None:
@@ -23,17 +26,29 @@ def exchange(topology: BlockTopology, dropped: Tensor, positions: Tensor) -> Top
 def exchange_keeping(topology: BlockTopology, dropped: Tensor, positions: Tensor) -> TopologyUpdate | None:
     """As :func:`exchange`, but a block that is dropped and drawn again at its own position just stays.
 
-    Its values and optimizer state are untouched, as in SET and RigL.
+    Its values and optimizer state are untouched, as in SET and RigL. On a CPU the update names only blocks that move,
+    and is ``None`` if there are none. To count them elsewhere would be to wait for the device: there it names all and
+    says which begin anew.
     """
+    if dropped.device.type != "cpu" and dropped.numel() == positions.numel():
+        return exchange_all(topology, dropped, positions)
     keys = topology.keys()[dropped]
-    return exchange(topology, dropped[~torch.isin(keys, positions)], positions[~torch.isin(positions, keys)])
+    return exchange(topology, dropped[~is_among(keys, positions)], positions[~is_among(positions, keys)])
+
+
+def exchange_all(topology: BlockTopology, dropped: Tensor, positions: Tensor) -> TopologyUpdate | None:
+    """The update of :func:`exchange_keeping`, for as many positions as slots, that also names what stays, last."""
+    keys = topology.keys()[dropped]
+    stays = is_among(keys, positions)
+    order = stays.byte().argsort(stable=True)
+    new = positions[is_among(positions, keys).byte().argsort(stable=True)]  # as many are redrawn as stay
+    update = exchange(topology, dropped[order], torch.where(stays[order], keys[order], new))
+    return None if update is None else replace(update, anew=~stays[order])
 
 
 def keys_without(topology: BlockTopology, dropped: Tensor) -> Tensor:
     """Flat positions of the blocks that are not ``dropped``."""
-    lives = torch.ones(topology.n_blocks, dtype=torch.bool, device=dropped.device)
-    lives[dropped] = False
-    return topology.keys()[lives]
+    return topology.keys()[remaining(topology.n_blocks, dropped)]
 
 
 def n_regrown(signals: Signals, dropped: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
+from regrow.topology.fixed_size import is_among
 
 Norm = Literal["l1", "l2", "linf"]
 _ORDERS = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
@@ -44,7 +45,8 @@ def weakest(scores: Tensor, k: int) -> Tensor:
 def strongest(pieces: Iterable[tuple[Tensor, Tensor]], k: int, *, excluded: Tensor) -> Tensor:
     """Positions of the ``k`` largest scores of ``(positions, scores)`` pieces in ascending order; ties go to the lower.
 
-    Memory is that of one piece and the result.
+    Memory is that of one piece and the result, whose size follows from theirs: ``excluded`` must be distinct and
+    each in a piece.
 
     Example:
         >>> low, high = torch.tensor([0, 1]), torch.tensor([2, 3])
@@ -54,13 +56,15 @@ def strongest(pieces: Iterable[tuple[Tensor, Tensor]], k: int, *, excluded: Tens
     """
     best = excluded.new_empty(0)
     best_scores = torch.empty(0, device=excluded.device)
+    n_allowed = -excluded.numel()
     for positions, scores in pieces:
-        allowed = ~torch.isin(positions, excluded)
-        positions = torch.cat([best, positions[allowed]])
-        scores = torch.cat([best_scores.to(scores.dtype), scores[allowed]])
+        n_allowed += positions.numel()
+        scores = scores.masked_fill(is_among(positions, excluded), float("-inf"))
+        positions = torch.cat([best, positions])
+        scores = torch.cat([best_scores.to(scores.dtype), scores])
         order = torch.argsort(scores, descending=True, stable=True)[:k]
         best, best_scores = positions[order], scores[order]
-    return best
+    return best[: max(n_allowed, 0)]
 
 
 def random_keys(weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
 from regrow import kernels
 from regrow.errors import RegrowError
+from regrow.kernels import gpu
 from regrow.nn.linear import BlockSparseLinear
+from regrow.nn.precision import compute_dtype, in_compute_dtype
 
 
 def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -> Tensor:
@@ -18,8 +19,9 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
     its activation. But nothing of the hidden width is written to memory or kept: the backward pass computes the hidden
     activations again, for a sixth more multiplications. Differentiable once.
 
-    The layers themselves are called, one after the other, where the fused pass cannot stand in for them: their block
-    sizes differ, ``second`` has an activation, or a hook is registered on either, which is to see what goes in and out.
+    Two products stand in for it, one after the other, where the fused pass cannot: block sizes differ, ``second`` has
+    an activation, a hook is registered on either, which is to see what goes in and out, or ``x`` is on a GPU, whose
+    kernels have no such pass.
 
     Args:
         first: ``in -> hidden``.
@@ -32,6 +34,7 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
     Raises:
         RegrowError: the widths do not fit together.
 
+    >>> import torch
     >>> first = BlockSparseLinear(64, 128, block_size=16, density=0.25)
     >>> second = BlockSparseLinear(128, 32, block_size=16, density=0.25)
     >>> x = torch.ones(3, 5, 64)
@@ -50,15 +53,22 @@ def sparse_ffn(first: BlockSparseLinear, second: BlockSparseLinear, x: Tensor) -
                 f"{name} has {width} input features; first has {first.in_features} -> {first.out_features}"
             )
     alike = first.block_shape == second.block_shape and first.block_shape.is_square
-    if not alike or second.activation is not None or hooked(first) or hooked(second):
-        hidden = first(x)
-        return second(hidden if first.activation == "gelu" else gelu(hidden))
-    if torch.is_autocast_enabled(x.device.type):  # as the layers do
-        x = x.to(first.values.dtype)
-    tokens = x.reshape(-1, first.in_features)
+    if not alike or second.activation is not None or hooked(first) or hooked(second) or gpu.handles(x.device):
+        return second(_with_gelu(first, x))
+    tokens = x.to(compute_dtype(x, first.values)).reshape(-1, first.in_features)
     index1, index2 = first.topology.indices(), second.topology.indices()
     y = kernels.ffn(tokens, first.values, first.bias, *index1, second.values, second.bias, *index2)
     return y.view(*x.shape[:-1], second.out_features)
+
+
+def _with_gelu(layer: BlockSparseLinear, x: Tensor) -> Tensor:
+    """``gelu(layer(x))``, in one product where nobody is to see what the layer alone gives."""
+    if layer.activation == "gelu":
+        return layer(x)
+    if hooked(layer):
+        return gelu(layer(x))
+    tokens = in_compute_dtype(x.reshape(-1, layer.in_features), layer.values, layer.bias)
+    return kernels.spmm_gelu(*tokens, *layer.topology.indices()).view(*x.shape[:-1], layer.out_features)
 
 
 def hooked(layer: BlockSparseLinear) -> bool:

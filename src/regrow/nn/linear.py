@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regrow import kernels
 from regrow.errors import RegrowError
 from regrow.nn.init import initialise_
+from regrow.nn.precision import in_compute_dtype
 from regrow.nn.shape import BLOCK_SIZES, BlockShape
 from regrow.topology import BlockTopology, blocks_at_density
 
@@ -41,7 +42,8 @@ class BlockSparseLinear(nn.Module):
         input ``[..., in_features]`` -> output ``[..., out_features]``; any number of leading dimensions, also
         zero tokens.
 
-    Under ``torch.autocast`` the layer computes in the dtype of its values.
+    Under ``torch.autocast`` the layer computes in autocast's dtype on a GPU, and keeps its values in their own; on a
+    CPU, which has no kernels for 16 bits, in the dtype of its values.
 
     Raises:
         RegrowError: the block does not divide a dimension, ``density`` is outside (0, 1], or the activation is unknown.
@@ -104,10 +106,8 @@ class BlockSparseLinear(nn.Module):
             raise RegrowError(
                 f"BlockSparseLinear expects inputs of {self.in_features} features, got shape {list(x.shape)}"
             )
-        if torch.is_autocast_enabled(x.device.type):  # there are no low-precision kernels to cast to yet
-            x = x.to(self.values.dtype)
-        tokens = x.reshape(-1, self.in_features)
-        y = _PRODUCTS[self.activation](tokens, self.values, self.bias, *self.topology.indices())
+        arguments = in_compute_dtype(x.reshape(-1, self.in_features), self.values, self.bias)
+        y = _PRODUCTS[self.activation](*arguments, *self.topology.indices())
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()

@@ -113,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RegrowError("linear_cross_entropy keeps its gradients for one backward pass; compute the loss again")
-        if g.item() != 1:
+        if g.is_cuda or g.item() != 1:  # to look would be to wait for the device
             gradients = [None if gradient is None else gradient * g for gradient in gradients]
         dx, dweight, dbias = gradients
         if ctx.shared is not None:

@@ -11,6 +11,7 @@ from regrow import kernels
 from regrow.errors import RegrowError
 from regrow.nn.ffn import hooked
 from regrow.nn.linear import BlockSparseLinear
+from regrow.nn.precision import in_compute_dtype
 
 
 def merged_linear(layers: Sequence[BlockSparseLinear], x: Tensor) -> Tensor:
@@ -44,9 +45,8 @@ def merged_linear(layers: Sequence[BlockSparseLinear], x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in layers], -1)
     if x.shape[-1] != first.in_features:
         raise RegrowError(f"merged_linear expects inputs of {first.in_features} features, got shape {list(x.shape)}")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(first.values.dtype)
-    y = kernels.spmm(x.reshape(-1, first.in_features), *merged(layers))
+    values, bias, *index = merged(layers)
+    y = kernels.spmm(*in_compute_dtype(x.reshape(-1, first.in_features), values, bias), *index)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

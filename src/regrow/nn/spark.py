@@ -138,6 +138,8 @@ class SparkFFN(Composite):
 
     def compute(self, x: Tensor) -> Tensor:
         """``[n, hidden] -> [n, hidden]``."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.gate.dtype)
         return kernels.spark_ffn(x, self.gate, self.gate_bias, self.up, self.down, self.down_bias, self.quantile)
 
     @property

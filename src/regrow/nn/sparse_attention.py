@@ -15,6 +15,7 @@ from regrow.nn.attention import attention
 from regrow.nn.ffn import hooked
 from regrow.nn.linear import BlockSparseLinear
 from regrow.nn.merged import merged, merged_linear
+from regrow.nn.precision import compute_dtype
 from regrow.nn.random import draw_dropout
 
 _SHARES = 4
@@ -97,8 +98,7 @@ def sparse_attention(
         return output(attention(qkv, offsets, heads, p=p, training=training, scale=scale))
     if scale is None:
         scale = 1 / math.sqrt(hidden // heads)
-    if torch.is_autocast_enabled(x.device.type):  # as the layers do
-        x = x.to(output.values.dtype)
+    x = x.to(compute_dtype(x, output.values))
     second = output.values, output.bias, *output.topology.indices()
     return kernels.sparse_attention(x, offsets, *merged(inner), *second, heads, scale, *draw_dropout(p, training))[0]
 

@@ -67,7 +67,9 @@ class _TiedEmbedding(torch.autograd.Function):
         (ids,), gradient = ctx.saved_tensors, ctx.shared.take()
         if gradient is None:
             gradient = g.new_zeros(ctx.shape)
-        if ctx.padding_idx is not None:
+        if ctx.padding_idx is not None and g.is_cuda:  # where to look for the others would be to wait
+            g = g * (ids != ctx.padding_idx)[:, None]
+        elif ctx.padding_idx is not None:
             kept = (ids != ctx.padding_idx).nonzero().squeeze(1)
             if kept.numel() < ids.numel():
                 ids, g = ids[kept], g[kept]

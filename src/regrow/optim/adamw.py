@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from regrow.errors import RegrowError
-from regrow.kernels import cpu
+from regrow.kernels import cpu, gpu
 from regrow.shards import own
 
 BLOCK_STEP = "block_step"
@@ -82,7 +82,8 @@ class AdamW(torch.optim.AdamW):
         if self.block_steps and state and BLOCK_STEP not in state:
             first = parameter.detach().reshape(parameter.shape[0], -1)[:, 0]  # shared out as the parameter is
             # float32: what load_state_dict makes of every entry of a float32 parameter
-            state[BLOCK_STEP] = torch.full_like(first, float(state["step"]), dtype=torch.float32)
+            state[BLOCK_STEP] = torch.zeros_like(first, dtype=torch.float32)
+            own(state[BLOCK_STEP]).fill_(state["step"])  # which may be on a GPU: nobody waits to read it
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -114,10 +115,12 @@ class AdamW(torch.optim.AdamW):
         size, root, keep = lr / (1 - beta1**t), (1 - beta2**t).rsqrt_(), 1 - lr * group["weight_decay"]
         if self.regrow_warmup:
             damping = (t / self.regrow_warmup).clamp_max(1.0)
-            size *= torch.where(t < state["step"], damping, 1.0)  # blocks of the start are as old as training
-        if cpu.supports_adamw(parameter, mean, square):
-            cpu.adamw_(parameter, gradient, mean, square, size, root, betas=group["betas"], keep=keep, eps=group["eps"])
-            return
+            size *= damping.masked_fill(t >= state["step"], 1.0)  # blocks of the start are as old as training
+        for kernels in (gpu, cpu):
+            if kernels.supports_adamw(parameter, mean, square):
+                arrays = parameter, gradient, mean, square, size, root
+                kernels.adamw_(*arrays, betas=group["betas"], keep=keep, eps=group["eps"])
+                return
         each = (-1, *[1] * (parameter.dim() - 1))
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -12,7 +12,7 @@ from regrow.shards import own, own_rows
 
 
 @torch.no_grad()
-def reset_slots_(optimizer: Optimizer, parameter: Tensor, slots: Tensor) -> None:
+def reset_slots_(optimizer: Optimizer, parameter: Tensor, slots: Tensor, only: Tensor | None = None) -> None:
     """Zero the optimizer's memory of the given slots of ``parameter``; everyone else's stays bitwise as it was.
 
     No list of known optimizers is needed: a state tensor whose first dimension is the slots is zeroed at
@@ -21,6 +21,7 @@ def reset_slots_(optimizer: Optimizer, parameter: Tensor, slots: Tensor) -> None
     Args:
         parameter: [n_blocks, b, b] the ``values`` of a layer.
         slots: [n_moved] integer.
+        only: bool [n_moved], which of them; all if absent.
 
     Raises:
         RegrowError: the optimizer keeps state of another shape, which no rule maps to slots.
@@ -36,8 +37,25 @@ def reset_slots_(optimizer: Optimizer, parameter: Tensor, slots: Tensor) -> None
     """
     if isinstance(optimizer, AdamW):
         optimizer.start_block_steps(parameter)
-    for entry in _entries_by_block(optimizer, parameter, parameter.shape[0]).values():
-        own(entry)[own_rows(entry, slots.to(entry.device))] = 0
+    for entry in state_by_block(optimizer, parameter).values():
+        fill_slots_(entry, slots.to(entry.device), 0, only)
+
+
+def fill_slots_(tensor: Tensor, slots: Tensor, value: int, only: Tensor | None = None) -> None:
+    """Set rows of a tensor, which may be shared out; of ``slots`` ``only`` those where it is true.
+
+    Example:
+        >>> tensor = torch.zeros(3, 2)
+        >>> fill_slots_(tensor, torch.tensor([2, 0]), 7, torch.tensor([True, False]))
+        >>> tensor.tolist()
+        [[0.0, 0.0], [0.0, 0.0], [7.0, 7.0]]
+    """
+    local = own(tensor)
+    if only is None or local is not tensor:
+        local.index_fill_(0, own_rows(tensor, slots if only is None else slots[only]), value)
+    else:  # no list of the true ones: its length would have to come from the device
+        each = only.to(local.device).view(-1, *[1] * (local.dim() - 1))
+        local.index_copy_(0, slots, local[slots].masked_fill(each, value))
 
 
 @torch.no_grad()
@@ -55,7 +73,7 @@ def resize_slots_(optimizer: Optimizer, old: Tensor, new: Tensor, kept: Tensor) 
     n_new = new.shape[0] - kept.numel()
     if n_new and isinstance(optimizer, AdamW):
         optimizer.start_block_steps(old)
-    by_block = _entries_by_block(optimizer, old, old.shape[0])
+    by_block = state_by_block(optimizer, old)
     if old in optimizer.state:
         state = optimizer.state.pop(old)
         optimizer.state[new] = {
@@ -93,16 +111,16 @@ def check_optimizer(optimizer: Optimizer) -> None:
         twin.step(closure)
     except Exception:
         return  # it wants more than a parameter and its gradient; its real state is checked at the first update
-    _entries_by_block(twin, probe, 3)
+    state_by_block(twin, probe)
 
 
-def _entries_by_block(optimizer: Optimizer, parameter: Tensor, n_blocks: int) -> dict[str, Tensor]:
+def state_by_block(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """The state tensors whose first dimension is the slots. Single numbers belong to the whole tensor.
 
     Raises:
         RegrowError: there is state of another shape.
     """
-    found = {}
+    found, n_blocks = {}, parameter.shape[0]
     for name, entry in optimizer.state.get(parameter, {}).items():
         if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape[0] == n_blocks:
             found[name] = entry

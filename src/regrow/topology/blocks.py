@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from regrow.errors import RegrowError
+from regrow.topology.faults import Faults
+from regrow.topology.fixed_size import remaining, sent
 from regrow.topology.sampling import sample_distinct, sample_free
 from regrow.topology.update import TopologyUpdate
 
@@ -53,6 +55,7 @@ class BlockTopology(nn.Module):
         super().__init__()
         check_counts(n_block_rows, n_block_cols, n_blocks)
         self.n_block_rows, self.n_block_cols, self.n_blocks = n_block_rows, n_block_cols, n_blocks
+        self.faults = Faults()
         for name, size in zip(_BUFFERS, (n_block_rows + 1, n_blocks, n_blocks), strict=True):
             self.register_buffer(name, torch.zeros(size, dtype=torch.int32, device=device))
 
@@ -99,7 +102,9 @@ class BlockTopology(nn.Module):
         """``(rows [n], cols [n])`` as int64, indexed **by slot**: slot ``k`` sits at ``(rows[k], cols[k])``."""
         slot = self.slot.long()
         counts = (self.row_ptr[1:] - self.row_ptr[:-1]).long()
-        by_entry = torch.repeat_interleave(torch.arange(self.n_block_rows, device=slot.device), counts)
+        by_entry = torch.repeat_interleave(
+            torch.arange(self.n_block_rows, device=slot.device), counts, output_size=self.n_blocks
+        )
         rows, cols = torch.empty_like(slot), torch.empty_like(slot)
         rows[slot], cols[slot] = by_entry, self.col_idx.long()
         return rows, cols
@@ -126,25 +131,36 @@ class BlockTopology(nn.Module):
         The arrays are written in place; another number of slots than before makes new ones.
 
         Raises:
-            RegrowError: a coordinate is out of range, or two slots share a position.
+            RegrowError: a coordinate is out of range, or two slots share a position; to know it, the host waits for
+                the device.
         """
-        rows, cols = rows.to(self.slot.device).long(), cols.to(self.slot.device).long()
         if rows.dim() != 1 or rows.shape != cols.shape:
             raise RegrowError(f"rows and cols must be 1-D of one length, got {list(rows.shape)} and {list(cols.shape)}")
-        _check_range("rows", rows, self.n_block_rows)
-        _check_range("cols", cols, self.n_block_cols)
-        keys = rows * self.n_block_cols + cols
-        order = torch.argsort(keys)
-        if bool((keys[order].diff() == 0).any()):
-            raise RegrowError("two slots share one block position; every position may be listed once")
+        self._place(sent(rows, self.slot.device).long(), sent(cols, self.slot.device).long(), wait=True)
+
+    def _place(self, rows: Tensor, cols: Tensor, wait: bool) -> None:
+        self.faults.check(_outside(rows, self.n_block_rows), _must_lie("rows", self.n_block_rows), rows, wait=wait)
+        self.faults.check(_outside(cols, self.n_block_cols), _must_lie("cols", self.n_block_cols), cols, wait=wait)
+        cols = cols.clamp(0, self.n_block_cols - 1)
+        keys, order = (rows.clamp(0, self.n_block_rows - 1) * self.n_block_cols + cols).sort()
+        self.faults.check(
+            (keys.diff() == 0).any(),
+            "two slots share one block position; every position may be listed once",
+            wait=wait,
+        )
         if rows.numel() != self.n_blocks:
             self.resize(rows.numel())
         self.slot.copy_(order)
         self.col_idx.copy_(cols[order])
-        self.row_ptr.copy_(torch.bincount(rows + 1, minlength=self.n_block_rows + 1).cumsum(0))
+        starts = torch.arange(self.n_block_rows + 1, device=keys.device) * self.n_block_cols
+        self.row_ptr.copy_(torch.searchsorted(keys, starts))
 
     def reallocate(self, update: TopologyUpdate) -> Tensor:
         """Apply an update; slots it does not name keep their positions.
+
+        If the number of blocks stays, no device is waited for. Then what is raised at once on a CPU is raised elsewhere
+        by the next update of a :class:`regrow.TopologyUpdater`, :meth:`validate` or ``state_dict``; see
+        :mod:`regrow.topology.faults`.
 
         Returns:
             int64 ``[n_kept]``: the old slots that live on (moved ones included), in their new order; a layer that
@@ -154,17 +170,24 @@ class BlockTopology(nn.Module):
             RegrowError: a slot is named twice or out of range, or the result would hold a position twice; nothing
                 has changed then.
         """
-        slots = update.slots.to(self.slot.device).long()
-        _check_range("slots", slots, self.n_blocks)
-        if torch.unique(slots).numel() != slots.numel():
-            raise RegrowError("a TopologyUpdate names one slot twice; every slot may move once per update")
+        slots, new_rows, new_cols = (
+            sent(part, self.slot.device).long() for part in (update.slots, update.rows, update.cols)
+        )
+        n, wait = update.n_moved, update.growth != 0
+        self.faults.check(_outside(slots, self.n_blocks), _must_lie("slots", self.n_blocks), slots, wait=wait)
+        self.faults.check(
+            (slots.sort().values.diff() == 0).any(),
+            "a TopologyUpdate names one slot twice; every slot may move once per update",
+            wait=wait,
+        )
+        slots = slots.clamp(0, self.n_blocks - 1)
         rows, cols = self.coordinates()
-        new_rows, new_cols, n = update.rows.to(rows), update.cols.to(cols), update.n_moved
         rows[slots[:n]], cols[slots[:n]] = new_rows[:n], new_cols[:n]
-        lives = torch.ones(self.n_blocks, dtype=torch.bool, device=slots.device)
-        lives[slots[n:]] = False
-        kept = lives.nonzero().flatten()
-        self.set_coordinates(torch.cat([rows[kept], new_rows[n:]]), torch.cat([cols[kept], new_cols[n:]]))
+        kept = remaining(self.n_blocks, slots[n:])
+        if update.growth:
+            rows, cols = torch.cat([rows[kept], new_rows[n:]]), torch.cat([cols[kept], new_cols[n:]])
+        self._place(rows, cols, wait)
+        self.faults.send()
         return kept
 
     def resize(self, n_blocks: int) -> None:
@@ -180,8 +203,10 @@ class BlockTopology(nn.Module):
 
         Raises:
             RegrowError: naming the array, if its shape or dtype is another, pointers are not monotone, an index is
-                out of range, columns of a row are not strictly ascending, or ``slot`` is not a permutation.
+                out of range, columns of a row are not strictly ascending, or ``slot`` is not a permutation; or an
+                update was wrong, which so far was only noted on its device.
         """
+        self.faults.tell(wait=True)
         n = self.n_blocks
         for name, size in zip(_BUFFERS, (self.n_block_rows + 1, n, n), strict=True):
             array = self.get_buffer(name)
@@ -190,12 +215,17 @@ class BlockTopology(nn.Module):
         row_ptr = self.row_ptr.long()
         if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != n or bool((row_ptr.diff() < 0).any()):
             raise RegrowError(f"row_ptr must rise from 0 to n_blocks={n}; the file or state is damaged")
-        _check_range("col_idx", self.col_idx, self.n_block_cols)
-        _check_range("slot", self.slot, n)
+        for name, size in (("col_idx", self.n_block_cols), ("slot", n)):
+            array = self.get_buffer(name)
+            self.faults.check(_outside(array, size), _must_lie(name, size), array, wait=True)
         if bool((torch.bincount(self.slot.long(), minlength=n) != 1).any()):
             raise RegrowError("slot must name every row of values exactly once; the file or state is damaged")
         if bool((self.keys()[self.slot.long()].diff() <= 0).any()):
             raise RegrowError("col_idx must ascend strictly within each block row; the file or state is damaged")
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        self.faults.tell(wait=True, where=prefix.removesuffix("."))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         *_, errors = args
@@ -206,6 +236,7 @@ class BlockTopology(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         loaded = [self._fits(state_dict.get(prefix + name), name) for name in _BUFFERS]
         if any(loaded) and not self.slot.is_meta:
+            self.faults = Faults()
             try:
                 self.validate()
             except RegrowError as error:
@@ -233,6 +264,9 @@ def check_counts(n_block_rows: int, n_block_cols: int, n_blocks: int) -> None:
         )
 
 
-def _check_range(name: str, index: Tensor, size: int) -> None:
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
-        raise RegrowError(f"{name} must lie in [0, {size}), found {int(index.min())} to {int(index.max())}")
+def _outside(index: Tensor, size: int) -> Tensor:
+    return ((index < 0) | (index >= size)).any()
+
+
+def _must_lie(name: str, size: int) -> str:
+    return f"{name} must lie in [0, {size})"

@@ -15,6 +15,9 @@ from regrow.topology.sampling import sample_distinct
 class ExploredPositions:
     """The set of positions a layer ever used: one bit a position, 1/32 of a dense float32 weight at block edge 1.
 
+    The bits are where the positions are that were added last, so that adding does not wait for a device; reading
+    :attr:`count` and :attr:`coverage` does, and :meth:`sample_new`.
+
     Example:
         >>> explored = ExploredPositions(10)
         >>> explored.add(torch.tensor([0, 9]))
@@ -29,17 +32,19 @@ class ExploredPositions:
 
     def add(self, positions: Tensor) -> None:
         """Add distinct positions, int64 ``[n]``."""
-        positions = positions.cpu()
+        self.bits = self.bits.to(positions.device)
         byte, bit = positions // 8, positions % 8
         masks = torch.ones_like(bit).bitwise_left_shift(bit).to(torch.uint8)
-        new = (self.bits[byte] & masks) == 0
-        self.bits.index_add_(0, byte[new], masks[new])  # distinct unset bits: addition is union
+        self.bits.index_add_(0, byte, masks & ~self.bits[byte])  # distinct unset bits: addition is union
+
+    def counted(self) -> Tensor:
+        """int64 []: number of positions ever used, on the device."""
+        return torch.stack([((self.bits >> shift) & 1).sum() for shift in range(8)]).sum()
 
     @property
     def count(self) -> int:
         """Number of positions ever used."""
-        bits = self.bits
-        return sum(int(((bits >> shift) & 1).sum()) for shift in range(8))
+        return int(self.counted())
 
     @property
     def coverage(self) -> float:
@@ -70,10 +75,10 @@ class ExploredPositions:
 
     def contains(self, positions: Tensor) -> Tensor:
         """bool ``[n]``: whether each position was ever used."""
-        return (self.bits[positions // 8] >> (positions % 8)) & 1 == 1
+        return (self.bits.to(positions.device)[positions // 8] >> (positions % 8)) & 1 == 1
 
     def _unused(self, start: int) -> Tensor:
-        chunk = self.bits[start : start + _CHUNK]
+        chunk = self.bits[start : start + _CHUNK].cpu()
         unused = ((chunk[:, None] >> torch.arange(8)) & 1 == 0).flatten().nonzero().flatten() + start * 8
         return unused[unused < self.n_positions]
 

@@ -2,6 +2,8 @@
 
 At block edge 1 a weight has as many positions as a dense matrix has elements, so an ordinary random
 permutation of the positions would be the dense tensor this library exists to avoid. Memory here is O(result).
+
+Numbers are drawn on the CPU and sent to where the layer is: a seed means the same pattern on every device.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import RegrowError
+from regrow.topology.fixed_size import sent
 
 
 def sample_distinct(n: int, k: int, generator: torch.Generator | None = None) -> Tensor:
@@ -55,7 +58,7 @@ def sample_free(n: int, occupied: Tensor, k: int, generator: torch.Generator | N
     free = n - occupied.numel()
     if k > free:
         raise RegrowError(f"cannot allocate {k} blocks, only {free} of {n} positions are free")
-    ranks = sample_distinct(free, k, generator).to(occupied.device)
+    ranks = sent(sample_distinct(free, k, generator), occupied.device)
     taken = torch.sort(occupied.long()).values
     free_before = taken - torch.arange(taken.numel(), device=taken.device)
     return ranks + torch.searchsorted(free_before, ranks, right=True)

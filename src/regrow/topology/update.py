@@ -23,16 +23,21 @@ class TopologyUpdate:
     Args:
         slots: integer ``[n_dropped]``, distinct.
         rows, cols: integer ``[n_grown]`` each.
+        anew: bool ``[n_dropped]``, for as many positions as slots: which begin at zero, values and optimizer state;
+            the others are given the position they have, and keep both. All begin anew if absent.
     """
 
     slots: Tensor
     rows: Tensor
     cols: Tensor
+    anew: Tensor | None = None
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(getattr(self, name).shape) for name in ("slots", "rows", "cols")}
         if any(len(shape) != 1 for shape in shapes.values()) or shapes["rows"] != shapes["cols"]:
             raise RegrowError(f"slots, rows and cols must be 1-D, rows and cols of one length, got {shapes}")
+        if self.anew is not None and not shapes["slots"] == shapes["rows"] == tuple(self.anew.shape):
+            raise RegrowError(f"anew, slots and rows must be of one length, got {list(self.anew.shape)} and {shapes}")
 
     def __len__(self) -> int:
         """Number of blocks that go or come, whichever is more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class RegrowCallback(TrainerCallback):
         n_updates, drop_fraction, decay, final_fraction, stop: see :class:`~regrow.UpdateSchedule`; the total is the
             Trainer's.
         seed: of the updates.
-        on_update: called with the records of every update.
+        on_update: called with the records of every update; to read them waits for a GPU.
 
     Raises:
         RegrowError: at the start of training, if the model has no sparse layer, an argument is out of range, or several
@@ -58,7 +58,7 @@ class RegrowCallback(TrainerCallback):
         final_fraction: float = 0.0,
         stop: float = 1.0,
         seed: int = 0,
-        on_update: Callable[[list[UpdateRecord]], None] | None = None,
+        on_update: Callable[[Sequence[UpdateRecord]], None] | None = None,
     ) -> None:
         self.method = method
         self.schedule = partial(

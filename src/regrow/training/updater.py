@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,15 @@ from regrow.nn import BlockSparseLinear, named_sparse_layers
 from regrow.nn.layout import record_layout
 from regrow.nn.options import Composite
 from regrow.optim import check_optimizer, reset_slots_, resize_slots_
-from regrow.optim.state import resized
-from regrow.shards import is_sharded, own, own_rows, whole
+from regrow.optim.state import fill_slots_, resized, state_by_block
+from regrow.shards import is_sharded, own, whole
 from regrow.topology import ExploredPositions, TopologyUpdate
+from regrow.topology.fixed_size import is_among, sent
 from regrow.training import checks
 from regrow.training.agreement import check_agreement
 from regrow.training.capture import GradientCapture
 from regrow.training.ddp import Wrapper, unwrapped
-from regrow.training.metrics import UpdateRecord
+from regrow.training.metrics import UpdateRecord, UpdateRecords
 from regrow.training.schedule import UpdateSchedule
 from regrow.training.seeds import mix
 
@@ -47,6 +49,13 @@ class TopologyUpdater:
 
     A method that needs gradients sees them in the backward pass of the update step and decides there, layer by layer,
     so that no activation is kept longer; see :class:`~regrow.training.capture.GradientCapture`.
+
+    With the methods dynsparse, set, rigl and static (and the ``growth`` and ``quota_rows`` of dynsparse as they are by
+    default) an update on a GPU does not make the host wait for it: sizes follow from sizes, nothing is read, and the
+    index arrays are written in place, so that what was compiled or captured of the model goes on. The records are read
+    when they are looked at. What an update of another device got wrong is raised at the next one, or by ``state_dict``
+    of the model; see :mod:`regrow.topology.faults`. Other methods, and layers that change their size or are shared
+    out, may wait.
 
     Randomness comes from ``(seed, step, layer name)`` alone. So every rank of a distributed run draws the same
     update, a resumed run the same as an uninterrupted one, and the global random state is never used. Ranks compare a
@@ -110,8 +119,12 @@ class TopologyUpdater:
         self._check_agreement("at the start")
         self._prepare()
 
-    def step(self) -> list[UpdateRecord]:
-        """Count one optimizer step; at a scheduled one update every layer. Returns a record for each layer moved."""
+    def step(self) -> Sequence[UpdateRecord]:
+        """Count one optimizer step; at a scheduled one update every layer. Returns a record for each layer moved.
+
+        Raises:
+            RegrowError: the method proposed an update that cannot be; on a GPU, in an earlier step.
+        """
         self.n_steps += 1
         for name, layer in self.layers.items():
             lr = self.optimizer.param_groups[self._group_index[name]]["lr"]
@@ -120,13 +133,17 @@ class TopologyUpdater:
         if not self.schedule.is_update(self.n_steps):
             self._prepare()
             return []
+        for name, layer in self.layers.items():
+            layer.topology.faults.tell(wait=False, where=name)
         if self._capture is None:
             self._decide_targets()
             proposals = {name: self._propose(name, self.n_steps) for name in self._targets}
         else:
             self._capture.stop()
             proposals = self._proposals
-        records = [self._apply(name, update) for name, update in proposals.items() if update]
+        moved = [(name, update) for name, update in proposals.items() if update]
+        measured = [self._apply(name, update) for name, update in moved]
+        records = UpdateRecords([self._known(name) for name, _ in moved], measured)
         if any(update.growth for update in proposals.values() if update):
             self._wrapper.renew()
         self._check_agreement(f"after the update of step {self.n_steps}")
@@ -156,8 +173,8 @@ class TopologyUpdater:
         counters = torch.tensor([self.n_steps, self.last_update_step])
         tensors = {"counters": counters}
         for name, history in self._history.items():
-            tensors[f"{name}.explored"] = history.explored.bits
-            tensors[f"{name}.allocated_at"] = history.allocated_at
+            tensors[f"{name}.explored"] = history.explored.bits.cpu()
+            tensors[f"{name}.allocated_at"] = history.allocated_at.cpu()
             tensors[f"{name}.start_blocks"] = torch.tensor(history.start_blocks)
         return tensors
 
@@ -183,8 +200,9 @@ class TopologyUpdater:
         self._check_state(state)
         self.n_steps, self.last_update_step = state["counters"].tolist()
         for name, history in self._history.items():
-            history.explored.bits = state[f"{name}.explored"].clone()
-            history.allocated_at = state[f"{name}.allocated_at"].clone()
+            device = self.layers[name].topology.slot.device
+            history.explored.bits = state[f"{name}.explored"].to(device, copy=True)
+            history.allocated_at = state[f"{name}.allocated_at"].to(device, copy=True)
             history.start_blocks = int(state[f"{name}.start_blocks"])
         self._prepare()
 
@@ -244,29 +262,32 @@ class TopologyUpdater:
             momentum=None if momentum is None else whole(momentum),
         )
 
-    def _apply(self, name: str, update: TopologyUpdate) -> UpdateRecord:
+    def _apply(self, name: str, update: TopologyUpdate) -> Tensor:
+        """Carry it out; returns what :class:`UpdateRecords` calls measured."""
         layer, history = self.layers[name], self._history[name]
-        old_keys, slots = layer.topology.keys(), update.slots.cpu()
-        fresh = history.allocated_at[slots] == self.last_update_step
-        kept = apply_update(layer, update, self.optimizer).cpu()
-        history.allocated_at[slots[: update.n_moved]] = self.n_steps
-        new = torch.full((max(update.growth, 0),), self.n_steps, dtype=torch.int32)
-        history.allocated_at = torch.cat([history.allocated_at[kept], new])
+        old_keys = layer.topology.keys()
+        slots = _slots(layer, update)
+        allocated_at = history.allocated_at.to(slots.device)
+        fresh = allocated_at[slots] == self.last_update_step
+        kept = apply_update(layer, update, self.optimizer)
+        fill_slots_(allocated_at, slots[: update.n_moved], self.n_steps, update.anew)
+        new = allocated_at.new_full((max(update.growth, 0),), self.n_steps)
+        history.allocated_at = torch.cat([allocated_at[kept], new])
         keys = layer.topology.keys()
         history.explored.add(keys)
         if update.growth:
             self._values[name] = layer.values
             record_layout(self.model, self.layers)
-        return UpdateRecord(
-            step=self.n_steps,
-            layer=name,
-            n_blocks=layer.topology.n_blocks,
-            n_moved=len(update),
-            fraction=self.schedule.fraction(self.n_steps),
-            coverage=history.explored.coverage,
-            fresh_removed=float(fresh.float().mean()) if len(fresh) else 0.0,
-            churn=float((~torch.isin(keys, old_keys)).float().mean()),
-        )
+        anew = torch.ones_like(fresh) if update.anew is None else update.anew
+        n_moved = anew.sum() + max(update.growth, 0)
+        coverage = history.explored.counted().double() / history.explored.n_positions
+        fresh_removed = (fresh & anew).sum().float() / anew.sum().clamp_min(1)
+        churn = (~is_among(keys, old_keys)).float().mean()
+        return torch.stack([number.double() for number in (n_moved, coverage, fresh_removed, churn)])
+
+    def _known(self, name: str) -> dict[str, Any]:
+        fraction, n_blocks = self.schedule.fraction(self.n_steps), self.layers[name].topology.n_blocks
+        return {"step": self.n_steps, "layer": name, "n_blocks": n_blocks, "fraction": fraction}
 
     def _group_of_each_layer(self) -> dict[str, int]:
         group_of = {
@@ -315,11 +336,13 @@ def apply_update(layer: BlockSparseLinear, update: TopologyUpdate, optimizer: Op
     Returns:
         int64 [n_kept]: the old slots that live on, in their new order (:meth:`BlockTopology.reallocate`).
     """
-    moved = update.slots[: update.n_moved].to(layer.values.device)
     if optimizer is not None:  # first: it may refuse, and then nothing has changed
-        reset_slots_(optimizer, layer.values, moved)
+        state_by_block(optimizer, layer.values)
+    moved = _slots(layer, update)[: update.n_moved]
     kept = layer.topology.reallocate(update)
-    own(layer.values)[own_rows(layer.values, moved)] = 0
+    if optimizer is not None:
+        reset_slots_(optimizer, layer.values, moved, update.anew)
+    fill_slots_(layer.values, moved, 0, update.anew)
     if update.growth:
         # A new parameter: autograd remembers the shape of the old one for as long as any graph that used it lives.
         old, layer.values = layer.values, nn.Parameter(resized(layer.values.data, kept, max(update.growth, 0)))
@@ -328,8 +351,13 @@ def apply_update(layer: BlockSparseLinear, update: TopologyUpdate, optimizer: Op
     return kept
 
 
+def _slots(layer: BlockSparseLinear, update: TopologyUpdate) -> Tensor:
+    """The slots an update names, on the layer's device and within its rows, whatever the method said."""
+    topology = layer.topology
+    return sent(update.slots, topology.slot.device).long().clamp(0, topology.n_blocks - 1)
+
+
 def _start_history(layer: BlockSparseLinear) -> _LayerHistory:
     explored = ExploredPositions(layer.topology.n_positions)
     explored.add(layer.topology.keys())
-    n_blocks = layer.topology.n_blocks
-    return _LayerHistory(explored, torch.zeros(n_blocks, dtype=torch.int32), n_blocks)
+    return _LayerHistory(explored, torch.zeros_like(layer.topology.slot), layer.topology.n_blocks)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regrow.errors import RegrowError
+from regrow.kernels import gpu
 
 
 class DenseFactor(nn.Module):
@@ -61,7 +62,7 @@ class Composite(nn.Module):
                 f"{type(self).__name__} expects inputs of {self.in_features} features, got shape {list(x.shape)}"
             )
         tokens = x.reshape(-1, self.in_features)
-        if torch.is_autocast_enabled(x.device.type):  # as BlockSparseLinear does
+        if torch.is_autocast_enabled(x.device.type) and not gpu.handles(x.device):  # as BlockSparseLinear does
             with torch.autocast(x.device.type, enabled=False):
                 y = self.compute(tokens.to(next(self.parameters()).dtype))
         else:
