@@ -25,6 +25,7 @@ def test_bench_kernels_writes_rows_that_add_up(tmp_path: Path, capsys: pytest.Ca
     assert main(["bench", "kernels", *flags, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
     assert {"processor", "threads", "isa", "torch"} <= document["machine"].keys()
+    assert document["machine"]["onednn_over_linear"] > 0
     rows = document["rows"]
     assert [(r["block_size"], r["density"]) for r in rows] == [(4, 0.25), (4, 0.5), (16, 0.25), (16, 0.5)]
     for row in rows:
@@ -34,6 +35,17 @@ def test_bench_kernels_writes_rows_that_add_up(tmp_path: Path, capsys: pytest.Ca
         assert row["sparse_gflops"] == pytest.approx(6 * 32 * 64 * 128 * row["density"] / row["sparse_seconds"] / 1e9)
         assert row["index_seconds"] > 0
     assert "critical" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ratio", [None, 1.1, 2.4])
+def test_a_slow_dense_baseline_is_told_of(
+    ratio: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("regrow.bench.baseline.onednn_over_linear", lambda place=None: ratio)
+    flags = ["--shapes", "64x32", "--blocks", "16", "--densities", "0.5", "--tokens", "8", "--rounds", "1"]
+    assert main(["bench", "kernels", *flags]) == 0
+    told = capsys.readouterr().err
+    assert ("dense matrices 2.4 times as fast" in told) == (ratio == 2.4)
 
 
 def test_the_roofline_is_drawn(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from regrow.bench.baseline import measured_machine
 from regrow.bench.place import Place
 from regrow.bench.timing import Task
-from regrow.kernels.machine import describe_machine
 from regrow.nn import BlockSparseLinear
 from regrow.nn.gathered import sparse_linear
 from regrow.nn.shape import BlockShape
@@ -271,7 +271,7 @@ def write_json(
     """
     place = place or Place()
     document = {
-        "machine": describe_machine(place.device),
+        "machine": measured_machine(place),
         "dtype": str(place.dtype).removeprefix("torch."),
         "roofs": {"gflops": max((row.dense_gflops for row in rows), default=0.0), "gigabytes": bandwidth},
         "rows": [asdict(row) for row in rows],

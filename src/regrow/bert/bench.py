@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from tqdm.auto import tqdm
 
+from regrow.bench.baseline import measured_machine
 from regrow.bench.picture import new_figure
 from regrow.bench.place import Place
 from regrow.bert.fused import Fusions, Tokens
@@ -29,7 +30,6 @@ from regrow.bert.masking import IGNORE
 from regrow.bert.model import build_model
 from regrow.bert.sizes import bert_config
 from regrow.errors import RegrowError
-from regrow.kernels.machine import describe_machine
 from regrow.nn import density_of, named_sparse_layers
 from regrow.nn.linear import check_block_size
 from regrow.optim import AdamW
@@ -153,7 +153,7 @@ def bench_step(
         "density": density_of(layer for _, layer in named_sparse_layers(steps[SPARSE].model)),
         "config": asdict(config),
         "baseline": " ".join((__doc__ or "").partition("\n\n")[2].split()),
-        "machine": describe_machine(place.device),
+        "machine": measured_machine(place),
         **({"busy": busy} if place.is_gpu else {}),
         **({"by_block": {str(b): medians[str(b)] for b in blocks}} if blocks else {}),
         **({"without": {name: medians[name] for name in rest}} if ablate else {}),

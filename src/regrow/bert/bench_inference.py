@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BertModel
 
+from regrow.bench.baseline import measured_machine
 from regrow.bench.timing import interleaved_medians
 from regrow.bert.inference import prepare
 from regrow.bert.sizes import bert_config
 from regrow.errors import RegrowError
-from regrow.kernels.machine import describe_machine
 from regrow.nn import sparsify
 from regrow.nn.linear import check_block_size
 from regrow.topology.distribution import check_density
@@ -115,7 +115,7 @@ def bench_inference(config: InferenceConfig, *, progress: bool = False) -> dict[
                 }
                 rows["sparse"].append(shape | {"density": density, "block": block, "seconds": mine} | over)
     baseline = " ".join((__doc__ or "").partition("\n\n")[2].split())
-    return rows | {"config": asdict(config), "baseline": baseline, "notes": notes, "machine": describe_machine()}
+    return rows | {"config": asdict(config), "baseline": baseline, "notes": notes, "machine": measured_machine()}
 
 
 def _on(answer: Answer, ids: Tensor) -> Callable[[], object]:

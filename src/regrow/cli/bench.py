@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regrow.cli.parser import OneLineParser, block, list_of, run_subcommand, shape
+
+if TYPE_CHECKING:
+    from regrow.bench.place import Place
 
 
 def run(argv: Sequence[str]) -> int:
@@ -58,6 +63,7 @@ def _kernels(argv: Sequence[str]) -> int:
         place=place,
     )
     print(table(rows))
+    note_on_baseline(place)
     peers = []
     if asked.peers:
         peers = bench_peers(shapes=shapes, density=asked.densities[0], tokens=asked.tokens[0], rounds=3, place=place)
@@ -72,12 +78,22 @@ def _kernels(argv: Sequence[str]) -> int:
     return 0
 
 
+def note_on_baseline(place: Place | None = None) -> None:
+    """Say on standard error if PyTorch's dense products, which all is compared with, could be faster here."""
+    from regrow.bench.baseline import handicap, onednn_over_linear
+
+    note = handicap(onednn_over_linear(place))
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the GPU (default: %(default)s)")
     parser.add_argument("--dtype", help="float32, bf16 or fp16; by default float32 on a CPU and bf16 on a GPU")
 
 
 def _step(argv: Sequence[str]) -> int:
+    from regrow.bench.place import Place
     from regrow.bert.bench import StepConfig, bench_step, plot, table, write_json
 
     config = StepConfig()
@@ -112,6 +128,7 @@ def _step(argv: Sequence[str]) -> int:
     quick, path, picture = (asked.pop(name) for name in ("quick", "json", "plot"))
     result = bench_step(StepConfig(**asked | ({"rounds": 3} if quick else {})), **extras, progress=True)
     print(table(result))
+    note_on_baseline(Place.named(asked["device"], asked["dtype"]))
     if picture is not None:
         plot(result, picture)
     if path is not None:
@@ -157,6 +174,7 @@ def _inference(argv: Sequence[str]) -> int:
         progress=True,
     )
     print(table(result))
+    note_on_baseline()
     if asked.json is not None:
         write_json(result, asked.json)
     return 0
