@@ -1,8 +1,10 @@
 """Reading records, grouping them, comparing them, and the tables of claims."""
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -210,10 +212,10 @@ def test_rank_correlation() -> None:
 
 def test_claims_of_runs_that_follow_the_paper() -> None:
     found = table(runs_of(*synthetic.study()))
-    assert list(found) == [f"C{i}" for i in range(1, 12)]
+    assert list(found) == [*(f"C{i}" for i in range(1, 12)), "Gap"]
     supported = {name for name, claim in found.items() if claim.verdict == "supported"}
     assert supported == {"C1", "C2", "C3", "C5", "C6", "C7", "C9"}
-    for name in ("C8", "C10", "C11"):
+    for name in ("C8", "C10", "C11", "Gap"):
         assert found[name].verdict == "no data" and found[name].missing
     for claim in found.values():
         assert all(len(row) == len(claim.columns) for row in claim.rows)
@@ -245,6 +247,47 @@ def test_methods_are_compared_whatever_options_each_has() -> None:
     assert table(fewer)["C9"].verdict == "undecided" and "pictures" in table(fewer)["C9"].missing[0]
     spread_of = {str(family).split()[0]: inputs for _, family, _, _, inputs, _ in claim.rows}
     assert spread_of["rigl"] < 0.3 < 0.9 < spread_of["dynsparse"]
+
+
+def gap_of(*others: list[Run]) -> Claim:
+    """Beside large blocks at 3.0 and single weights at 2.8."""
+    plain = [run for block, loss in ((1, 2.8), (16, 3.0)) for run in jittered(loss, block_size=block)]
+    return table([*plain, *(run for runs in others for run in runs)])["Gap"]
+
+
+def jittered(loss: float, **changes: Any) -> list[Run]:
+    """Three seeds whose losses differ a little; what is changed decides how."""
+    draw = random.Random(json.dumps(changes, sort_keys=True))
+    return with_losses({seed: loss + draw.uniform(-2e-4, 2e-4) for seed in range(3)}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict", "finding"),
+    [
+        (2.8, "supported", ["lowrank closes 100% of the gap of blocks of 16"]),
+        (2.9, "contradicted", ["lowrank closes 50% of the gap of blocks of 16"]),
+        (3.1, "contradicted", []),
+    ],
+)
+def test_whether_something_closes_the_gap_of_large_blocks(loss: float, verdict: str, finding: list[str]) -> None:
+    claim = gap_of(jittered(loss, block_size=16, layer="lowrank"), jittered(3.0, block_size=16, method="rigl"))
+    assert (claim.verdict, claim.findings) == (verdict, finding)
+    assert [row[2] for row in claim.rows] == ["dynsparse, b = 1", "dynsparse", "lowrank", "rigl"]
+    over_large, over_single = (float(str(cell).split()[0]) for cell in claim.rows[2][5:7])
+    assert (over_large, over_single) == pytest.approx((loss - 3.0, loss - 2.8), abs=0.002)
+
+
+def test_a_gap_is_not_closed_by_more_flops_nor_by_another_training() -> None:
+    learned = [
+        Run(run.record | {"flops": {"train_paper": 10 * (run.flops or 0)}})
+        for run in jittered(2.7, block_size=16, layer="permuted", permutation="learned")
+    ]
+    fixed = jittered(3.0, block_size=16, layer="permuted", permutation="random")
+    longer = jittered(2.5, block_size=16, method="rigl", steps=2000)
+    claim = gap_of(learned, fixed, longer)
+    assert [row[2] for row in claim.rows[2:]] == ["permuted, permutation = random", "permuted, permutation = learned"]
+    assert claim.verdict == "contradicted"
+    assert claim.findings == ["permuted, permutation = learned closes the gap, but at 10.0 times the FLOPs"]
 
 
 def test_votes() -> None:

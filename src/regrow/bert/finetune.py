@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
 from regrow.bert.finetune_config import FinetuneConfig
@@ -22,10 +22,9 @@ from regrow.bert.tasks.load import load_problem
 from regrow.bert.tasks.problem import Problem, Stream
 from regrow.errors import RegrowError
 from regrow.methods import Method, WeightTransform, create
-from regrow.nn import densify, density_of, harden, named_sparse_layers, sparsify, transform_linears
+from regrow.nn import densify, density_of, named_sparse_layers, sparsify, transform_linears
 from regrow.optim import AdamW, parameter_groups
 from regrow.ranks import started_by_torchrun
-from regrow.training.interrupt import StopOnSignal
 from regrow.training.updater import check_trainable
 
 _RATES = ((256, 3e-4), (512, 1e-4), (float("inf"), 3e-5))
@@ -90,7 +89,6 @@ def finetune(
             tokenizer.save_pretrained(run.path)
     sparse = [layer for _, layer in named_sparse_layers(model)]
     topology = None if moving is None else config.topology_over(steps, moving)
-    stop, progress = StopOnSignal(), ProgressBar(density_of(sparse) if sparse and moving is None else None)
     trainer = FinetuningTrainer(
         model,
         config.arguments(
@@ -101,26 +99,17 @@ def finetune(
         eval_dataset=problem.train,  # never read: the problem evaluates itself, but the Trainer wants one
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[callback for callback in (topology, stop, progress, *callbacks) if callback is not None],
+        callbacks=callbacks,
         run=run,
         topology=topology,
+        progress=ProgressBar(density_of(sparse) if sparse and moving is None else None),
         problem=problem,
     )
     trainer.on_nonfinite = config.on_nonfinite
-    trainer.remove_callback(PrinterCallback)
-    run.rewind(-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        stop.restore()
-        progress.close()
-    finished = trainer.state.global_step >= steps
+    finished = trainer.train_on(checkpoint)
     kept = None
     if config.transform is not None and topology is not None and topology.updater is not None:
         kept = topology.updater.coverage
-    if finished:
-        harden(model)
-        trainer.save_model(str(run.path))
     sparse = [layer for _, layer in named_sparse_layers(model)]
     found, seconds = last_evaluation(run, trainer.state.global_step)
     return FinetuneResult(

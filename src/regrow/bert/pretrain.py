@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from regrow.bert.corpus import corpus_fingerprint, read_documents
@@ -32,19 +32,18 @@ from regrow.bert.trainer import PretrainingTrainer
 from regrow.cache import cache_root, written_aside
 from regrow.errors import RegrowError
 from regrow.methods import Method, WeightTransform
-from regrow.nn import density_of, harden, named_sparse_layers
+from regrow.nn import density_of, named_sparse_layers
 from regrow.nn.linear import check_block_size
 from regrow.nn.options import LayerOption, create
 from regrow.nn.replace import DEFAULT
 from regrow.optim import AdamW, parameter_groups, supar_init_factor
 from regrow.optim.groups import LrScope
 from regrow.optim.lr_rules import LrRule
-from regrow.ranks import first_on_each_machine, join, rank, started_by_torchrun, wait_for_all, world_size
+from regrow.ranks import first_on_each_machine, join, rank, started_by_torchrun, world_size
 from regrow.topology.distribution import Distribution, check_density
 from regrow.training import UpdateSchedule, gradient_bytes
 from regrow.training.checkpoint import ranks_of, seed_rank
 from regrow.training.finite import OnNonfinite
-from regrow.training.interrupt import StopOnSignal
 from regrow.training.updater import check_shardable, check_trainable
 
 _PREDICTED = 20 / 128
@@ -264,7 +263,6 @@ def pretrain(
         if resume:
             tqdm.write(f"{run.path} has no checkpoint yet: it begins anew")
     topology = None if config.dense else config.topology_over(config.steps, method)
-    stop, progress = StopOnSignal(), ProgressBar(None if dense_layout else config.density)
     trainer = PretrainingTrainer(
         model,
         _arguments(config, run),
@@ -273,31 +271,19 @@ def pretrain(
         eval_dataset=heldout,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=[callback for callback in (topology, stop, progress, *callbacks) if callback is not None],
+        callbacks=callbacks,
         run=run,
         topology=topology,
+        progress=ProgressBar(None if dense_layout else config.density),
     )
     trainer.on_nonfinite = config.on_nonfinite
     if config.parallel == "fsdp":
         trainer.shard_units = list(model.bert.encoder.layer)
-    trainer.remove_callback(PrinterCallback)
     if rank() > 0:
         seed_rank(config.seed)
     _tell_ranks(config, model, None if checkpoint is None else ranks_of(checkpoint))
-    run.rewind(-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
-    if checkpoint is None:
-        trainer.evaluate()
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        stop.restore()
-        progress.close()
-    finished = trainer.state.global_step >= config.steps
+    finished = trainer.train_on(checkpoint)
     coverage = topology.updater.coverage if topology and topology.updater else None
-    if finished:
-        harden(model)
-        trainer.save_model(str(run.path))
-    wait_for_all()  # for rank 0 to have written what is read now
     before, after = _evaluations(run, trainer.state.global_step)
     return PretrainResult(
         path=run.path,

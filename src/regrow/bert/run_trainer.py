@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback
 
+from regrow.bert.progress import ProgressBar
 from regrow.bert.run import GO_ON, RunDirectory, writing
 from regrow.errors import RegrowError
-from regrow.ranks import world_size
+from regrow.nn import harden
+from regrow.ranks import wait_for_all, world_size
 from regrow.training import RegrowCallback, SafeTrainer, UpdateRecord
 from regrow.training.checkpoint import JSON_FILE, damaged, load_json
 from regrow.training.checks import is_count, is_number
+from regrow.training.interrupt import StopOnSignal
 from regrow.training.metrics import mean_record
 
 _DEATH_IS_TOLD = 1.0
@@ -28,7 +32,9 @@ _DEATH_IS_TOLD = 1.0
 
 
 class RunTrainer(SafeTrainer):
-    """Logs losses, ``tokens_per_second`` and ``data_wait`` to the run directory.
+    """Trains in a run directory, from a checkpoint or from the start, until it is done or stopped by a signal.
+
+    Logs losses, ``tokens_per_second`` and ``data_wait`` there.
 
     Tokens are real ones, padding not counted; ``data_wait`` is the share of the time that training waited for batches.
     Every line carries ``tokens`` and ``seconds`` since the start of training; evaluating and writing checkpoints is no
@@ -44,10 +50,23 @@ class RunTrainer(SafeTrainer):
 
     losses: tuple[str, ...] = ("loss",)
     """Names of the losses that :meth:`count` is given."""
+    evaluates_first = False
+    """Whether the log begins with an evaluation of the untrained model."""
 
-    def __init__(self, *args: Any, run: RunDirectory, topology: RegrowCallback | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        run: RunDirectory,
+        topology: RegrowCallback | None,
+        progress: ProgressBar,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
         self.run, self.topology = run, topology
+        self._stop, self._progress = StopOnSignal(), progress
+        ours = [self._stop, progress] if topology is None else [topology, self._stop, progress]
+        super().__init__(*args, callbacks=[*ours, *callbacks], **kwargs)
+        self.remove_callback(PrinterCallback)
         if topology is not None:
             topology.on_update = self._log_updates
         self.sums = self._no_sums()
@@ -116,6 +135,23 @@ class RunTrainer(SafeTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         return None  # the loss is a mean over the batch; the Trainer divides it by the accumulation steps
 
+    def train_on(self, checkpoint: Path | None) -> bool:
+        """Train to the end and save the model in the run directory; False if it was stopped before.
+
+        Args:
+            checkpoint: to go on from; what the log has of later steps is taken back.
+        """
+        self.run.rewind(-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+        if checkpoint is None and self.evaluates_first:
+            self.evaluate()
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finished = self.state.global_step >= self.args.max_steps
+        if finished:
+            harden(self.model)
+            self.save_model(str(self.run.path))
+        wait_for_all()  # for rank 0 to have written what is read next
+        return finished
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
@@ -124,6 +160,9 @@ class RunTrainer(SafeTrainer):
             if reason is None:
                 raise
             raise RegrowError(f"{reason}; the run stopped after step {self.state.global_step}") from None
+        finally:
+            self._stop.restore()
+            self._progress.close()
 
     def extra_state(self) -> dict[str, Any]:
         return {"sums": self.sums, "totals": self._totals()}

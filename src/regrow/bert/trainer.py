@@ -20,6 +20,7 @@ class PretrainingTrainer(RunTrainer):
     """Logs the masked-word and the next-sentence loss, and evaluates held-out pairs."""
 
     losses = ("mlm_loss", "nsp_loss")
+    evaluates_first = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         whole = parameter_bytes(self.model)

@@ -13,12 +13,13 @@ from regrow.study.analysis import Tuned
 from regrow.study.claims.choices import group_lasso, learning_rate, norms
 from regrow.study.claims.claim import Claim
 from regrow.study.claims.dense import against_dense, block_size, over_sparsity
+from regrow.study.claims.gap import gap
 from regrow.study.claims.masked import alternation, freezing
 from regrow.study.claims.updates import collapse, exploration, schedule
 
 
 def claims(tuned: Sequence[Tuned]) -> list[Claim]:
-    """All claims, in order."""
+    """All claims, in order: the paper's, and what it leaves open."""
     best = [t.best for t in tuned]
     return [
         against_dense(best),
@@ -32,4 +33,5 @@ def claims(tuned: Sequence[Tuned]) -> list[Claim]:
         collapse(best),
         freezing(best),
         alternation(best),
+        gap(best),
     ]
