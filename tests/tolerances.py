@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 VALUE_FACTOR = 2.0
-GRADIENT_FACTOR = 3.0
+GRADIENT_FACTOR = 5.0
+"""Errors of PyTorch's own dense gradients differ threefold from one path of its library to another (MKL for Intel's
+processors, and for others), on the same numbers."""
 SAME = 1e-4
 HALF = 0.1
 """A whole model in bfloat16, with 8 bits and many roundings in a row, beside the same in float32."""

@@ -79,7 +79,7 @@ def test_curves_and_points_are_drawn(page: Browser, runs: list[Run]) -> None:
     # 100 logged steps to a run
     first = page.run("document.querySelector('#curves path.line').getAttribute('d').split('L').length")
     assert first == len(runs[0].record["curve"])
-    assert count(page, "#claims details") == 11
+    assert count(page, "#claims details") == 12
     assert count(page, "#legend button") == len({run.family for run in runs})
 
 
