@@ -7,6 +7,7 @@ from pathlib import Path
 
 from regrow.bench.advise import advise as measure
 from regrow.bench.advise import table
+from regrow.bench.baseline import onednn_over_linear
 from regrow.cli.bench import note_on_baseline
 from regrow.cli.parser import OneLineParser, list_of, shape
 from regrow.errors import RegrowError
@@ -24,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="rows of the input")
     asked = parser.parse_args(argv)
     print(table(measure(_shapes_of(asked.target), blocks=asked.blocks, tokens=asked.tokens, progress=True)))
-    note_on_baseline()
+    note_on_baseline(onednn_over_linear())
     return 0
 
 

@@ -6,12 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from regrow.cli.parser import OneLineParser, block, list_of, run_subcommand, shape
-
-if TYPE_CHECKING:
-    from regrow.bench.place import Place
 
 
 def run(argv: Sequence[str]) -> int:
@@ -25,6 +21,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _kernels(argv: Sequence[str]) -> int:
+    from regrow.bench.baseline import onednn_over_linear
     from regrow.bench.kernels import SHAPES, bench_kernels, bench_peers, peer_table, table, write_json
     from regrow.bench.place import Place
     from regrow.bench.roofline import memory_bandwidth, plot
@@ -63,7 +60,7 @@ def _kernels(argv: Sequence[str]) -> int:
         place=place,
     )
     print(table(rows))
-    note_on_baseline(place)
+    note_on_baseline(onednn_over_linear(place))
     peers = []
     if asked.peers:
         peers = bench_peers(shapes=shapes, density=asked.densities[0], tokens=asked.tokens[0], rounds=3, place=place)
@@ -78,11 +75,15 @@ def _kernels(argv: Sequence[str]) -> int:
     return 0
 
 
-def note_on_baseline(place: Place | None = None) -> None:
-    """Say on standard error if PyTorch's dense products, which all is compared with, could be faster here."""
-    from regrow.bench.baseline import handicap, onednn_over_linear
+def note_on_baseline(ratio: float | None) -> None:
+    """Say on standard error if PyTorch's dense products, which all is compared with, could be faster here.
 
-    note = handicap(onednn_over_linear(place))
+    Args:
+        ratio: of :func:`regrow.bench.baseline.onednn_over_linear`.
+    """
+    from regrow.bench.baseline import handicap
+
+    note = handicap(ratio)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
 
@@ -93,7 +94,6 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def _step(argv: Sequence[str]) -> int:
-    from regrow.bench.place import Place
     from regrow.bert.bench import StepConfig, bench_step, plot, table, write_json
 
     config = StepConfig()
@@ -128,7 +128,7 @@ def _step(argv: Sequence[str]) -> int:
     quick, path, picture = (asked.pop(name) for name in ("quick", "json", "plot"))
     result = bench_step(StepConfig(**asked | ({"rounds": 3} if quick else {})), **extras, progress=True)
     print(table(result))
-    note_on_baseline(Place.named(asked["device"], asked["dtype"]))
+    note_on_baseline(result["machine"]["onednn_over_linear"])
     if picture is not None:
         plot(result, picture)
     if path is not None:
@@ -174,7 +174,7 @@ def _inference(argv: Sequence[str]) -> int:
         progress=True,
     )
     print(table(result))
-    note_on_baseline()
+    note_on_baseline(result["machine"]["onednn_over_linear"])
     if asked.json is not None:
         write_json(result, asked.json)
     return 0
