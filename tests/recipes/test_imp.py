@@ -152,8 +152,8 @@ def test_what_is_there_is_not_overwritten_and_options_do_not_change(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "dynsparse"}, "imp moves the pattern itself"),
-        ({"dense": True}, "imp moves the pattern itself"),
+        ({"method": "dynsparse"}, "so method 'dynsparse' cannot: give --method static, and with a preset also the"),
+        ({"dense": True}, "leave --dense out"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"prune_share": 1.0}, "prune_share must lie between 0 and 1"),
         ({"rewind_step": STEPS}, f"rewind_step must lie between 1 and steps - 1 = {STEPS - 1}"),

@@ -59,10 +59,12 @@ class ImpConfig(PretrainConfig):
 
     def check(self) -> None:
         super().check()
-        if self.dense or self.method != "static":
+        if self.dense:
+            raise RegrowError("imp trains blocks, of which --density 1 has all: leave --dense out")
+        if self.method != "static":
             raise RegrowError(
-                "imp moves the pattern itself, between trainings of blocks: leave --method and --dense out, or give a "
-                "--density to begin with"
+                f"imp moves the pattern itself, between trainings, so method {self.method!r} cannot: give --method "
+                "static, and with a preset also the --density to begin with"
             )
         if self.rounds < 1:
             raise RegrowError(f"rounds must be at least 1, got {self.rounds}")
