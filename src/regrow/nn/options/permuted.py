@@ -90,6 +90,20 @@ def tangent(gradient: Tensor) -> Tensor:
     return gradient - gradient.mean(0, keepdim=True) - gradient.mean(1, keepdim=True) + gradient.mean()
 
 
+class _Permute(torch.autograd.Function):
+    """``x[:, order]``. PyTorch would add every gradient to zeros, one by one; here they are put in the order back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(1, order.argsort()), None
+
+
 class ShuffleMatrix(DenseFactor):
     """``x M^T`` with a doubly stochastic ``M``, which is becoming a permutation.
 
@@ -160,7 +174,7 @@ class PermutedLinear(Composite):
         if self.shuffle is not None:
             x = self.shuffle(x)
         elif self.permutation is not None:
-            x = x.index_select(1, self.permutation)
+            x = _Permute.apply(x, self.permutation)
         return self.sparse(x)
 
     def dense_weight(self) -> Tensor:
