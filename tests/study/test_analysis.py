@@ -290,6 +290,14 @@ def test_a_gap_is_not_closed_by_more_flops_nor_by_another_training() -> None:
     assert claim.findings == ["permuted, permutation = learned closes the gap, but at 10.0 times the FLOPs"]
 
 
+def test_layers_of_other_densities_are_told_apart() -> None:
+    dense_attention = jittered(3.1, block_size=16, layer="spark", distribution="*attention*=1.0")
+    claim = gap_of(jittered(3.2, block_size=16, layer="spark"), dense_attention)
+    names = [row[2] for row in claim.rows[2:]]
+    assert sorted(map(str, names)) == ["spark, distribution = *attention*=1.0", "spark, distribution = uniform"]
+    assert r"| spark, distribution = \*attention\*=1.0 |" in claim.markdown()
+
+
 def test_votes() -> None:
     claim = Claim("C", "", [])
     verdicts = []

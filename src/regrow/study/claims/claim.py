@@ -51,8 +51,11 @@ class Claim:
         def line(cells: Iterable[object]) -> str:
             return f"| {' | '.join(map(str, cells))} |"
 
-        def text(cell: Cell) -> object:
-            return "" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else cell
+        def text(cell: Cell) -> str:
+            if cell is None:
+                return ""
+            shown = f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+            return shown.replace("*", r"\*").replace("|", r"\|")  # as a glob of layer names has
 
         parts = [f"## {self.id}: {self.verdict}", self.text]
         if self.rows:

@@ -73,7 +73,7 @@ def _compare(
 
 
 def labels(found: Iterable[Configuration]) -> Mapping[int, str]:
-    """A name for each, by ``id``: its layer or method, and those of its own options in which namesakes differ."""
+    """A name for each, by ``id``: its layer or method, and its own options and densities in which namesakes differ."""
     namesakes: dict[str, list[Configuration]] = defaultdict(list)
     for c in found:
         namesakes[str(c.get("method") if _layer(c) == DEFAULT else _layer(c))].append(c)
@@ -81,7 +81,7 @@ def labels(found: Iterable[Configuration]) -> Mapping[int, str]:
     for name, group in namesakes.items():
         values: dict[str, set[str]] = defaultdict(set)
         for c in group:
-            for option in c.first.config.keys() - TRAINING_FIELDS:
+            for option in c.first.config.keys() - TRAINING_FIELDS | {"density", "distribution"}:
                 values[option].add(json.dumps(c.get(option)))
         telling = sorted(option for option, different in values.items() if len(different) > 1)
         for c in group:
