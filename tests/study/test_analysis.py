@@ -290,6 +290,17 @@ def test_a_gap_is_not_closed_by_more_flops_nor_by_another_training() -> None:
     assert claim.findings == ["permuted, permutation = learned closes the gap, but at 10.0 times the FLOPs"]
 
 
+def test_layer_options_bear_on_no_claim_of_the_paper() -> None:
+    plain = [run for block, loss in ((1, 2.8), (16, 3.0)) for run in jittered(loss, block_size=block)]
+    gathered = jittered(2.5, block_size=16, layer="gathered")
+    alone, beside = table(plain), table([*plain, *gathered])
+    for claim in alone:
+        if claim != "Gap":
+            assert beside[claim].rows == alone[claim].rows, claim
+    assert len(beside["Gap"].rows) == 3 and not alone["Gap"].rows
+    assert gathered[0].family == "dynsparse gathered b=16 d=0.1"
+
+
 def test_layers_of_other_densities_are_told_apart() -> None:
     dense_attention = jittered(3.1, block_size=16, layer="spark", distribution="*attention*=1.0")
     claim = gap_of(jittered(3.2, block_size=16, layer="spark"), dense_attention)

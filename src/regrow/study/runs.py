@@ -17,6 +17,7 @@ from typing import Any
 from regrow.bert.pretrain import PretrainConfig
 from regrow.bert.sizes import SIZES, size_named
 from regrow.errors import RegrowError
+from regrow.nn.replace import DEFAULT
 from regrow.optim import sparse_learning_rate
 
 FORMAT = 1
@@ -140,9 +141,17 @@ class Run:
         return None if self.dense or block is None else int(block)
 
     @property
+    def layer(self) -> str:
+        """What stands in the place of linear layers: blocks alone, or a layer option."""
+        return str(self.config.get("layer") or DEFAULT)
+
+    @property
     def family(self) -> str:
-        """What is drawn in one colour: method, block edge and density, over all sizes."""
-        return "dense" if self.dense else f"{self.method} b={self.block_size} d={self.density:g}"
+        """What is drawn in one colour: method, layer option, block edge and density, over all sizes."""
+        if self.dense:
+            return "dense"
+        kind = self.method if self.layer == DEFAULT else f"{self.method} {self.layer}"
+        return f"{kind} b={self.block_size} d={self.density:g}"
 
     @property
     def loss(self) -> float | None:

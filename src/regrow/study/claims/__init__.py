@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from regrow.study.analysis import Tuned
+from regrow.nn.replace import DEFAULT
+from regrow.study.analysis import Configuration, Tuned
 from regrow.study.claims.choices import group_lasso, learning_rate, norms
 from regrow.study.claims.claim import Claim
 from regrow.study.claims.dense import against_dense, block_size, over_sparsity
@@ -21,6 +22,11 @@ from regrow.study.claims.updates import collapse, exploration, schedule
 def claims(tuned: Sequence[Tuned]) -> list[Claim]:
     """All claims, in order: the paper's, and what it leaves open."""
     best = [t.best for t in tuned]
+    plain = [t for t in tuned if t.best.first.layer == DEFAULT]
+    return [*_of_the_paper(plain, [t.best for t in plain]), gap(best)]
+
+
+def _of_the_paper(tuned: Sequence[Tuned], best: Sequence[Configuration]) -> list[Claim]:
     return [
         against_dense(best),
         over_sparsity(best),
@@ -33,5 +39,4 @@ def claims(tuned: Sequence[Tuned]) -> list[Claim]:
         collapse(best),
         freezing(best),
         alternation(best),
-        gap(best),
     ]

@@ -28,8 +28,8 @@ def gap(best: Sequence[Configuration]) -> Claim:
         ["size", "block", "what", "FLOPs", "loss", "minus large blocks", "minus single weights",
          "minus dense at equal FLOPs"],
     )  # fmt: skip
-    plain = [c for c in sparse(best, "dynsparse") if _layer(c) == DEFAULT]
-    others = [c for c in sparse(best) if _layer(c) != DEFAULT or c.get("method") not in ("dynsparse", "static")]
+    plain = [c for c in sparse(best, "dynsparse") if c.first.layer == DEFAULT]
+    others = [c for c in sparse(best) if c.first.layer != DEFAULT or c.get("method") not in ("dynsparse", "static")]
     for group in along(plain, "block_size"):
         single = next((c for c in group if c.get("block_size") == 1), None)
         for large in group:
@@ -76,7 +76,7 @@ def labels(found: Iterable[Configuration]) -> Mapping[int, str]:
     """A name for each, by ``id``: its layer or method, and its own options and densities in which namesakes differ."""
     namesakes: dict[str, list[Configuration]] = defaultdict(list)
     for c in found:
-        namesakes[str(c.get("method") if _layer(c) == DEFAULT else _layer(c))].append(c)
+        namesakes[c.first.method if c.first.layer == DEFAULT else c.first.layer].append(c)
     names = {}
     for name, group in namesakes.items():
         values: dict[str, set[str]] = defaultdict(set)
@@ -87,10 +87,6 @@ def labels(found: Iterable[Configuration]) -> Mapping[int, str]:
         for c in group:
             names[id(c)] = ", ".join([name, *(f"{option} = {c.get(option)}" for option in telling)])
     return names
-
-
-def _layer(c: Configuration) -> str:
-    return str(c.get("layer") or DEFAULT)
 
 
 def _comparable(c: Configuration, large: Configuration) -> bool:
