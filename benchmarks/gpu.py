@@ -37,6 +37,7 @@ from regrow import BlockSparseLinear
 from regrow.bench.kernels import bench_kernels, bench_peers, peer_table, table, write_json
 from regrow.bench.place import Place
 from regrow.bench.roofline import memory_bandwidth
+from regrow.errors import RegrowError
 from regrow.kernels import gpu, sddmm, spmm, spmm_t
 
 HIDDEN = {"mini": 256, "small": 512, "base": 768, "large": 1024}
@@ -52,8 +53,11 @@ def main() -> int:
     parser.add_argument("--only", help="one of correct, kernels, step, pretrain, plans")
     parser.add_argument("--minutes", type=float, default=4.0, help="for the plans")
     asked = parser.parse_args()
+    try:
+        place = Place.named("cuda")
+    except RegrowError as error:
+        parser.error(str(error))
     asked.output.mkdir(parents=True, exist_ok=True)
-    place = Place.named("cuda")
     parts: dict[str, Callable[[Path], None]] = {
         "correct": lambda path: correct(place, path),
         "kernels": lambda path: kernels(place, path),
