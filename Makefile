@@ -50,7 +50,7 @@ sanitizer_library = $(shell $(CXX) -print-file-name=$(if $(filter thread,$(1)),l
 under = REGROW_NATIVE=build/sanitize-$(1) \
   LD_PRELOAD="$(call sanitizer_library,$(1)) $(shell $(CXX) -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:die_after_fork=0:report_thread_leaks=0 \
+  TSAN_OPTIONS=halt_on_error=1:allocator_may_return_null=1:ignore_noninstrumented_modules=1:die_after_fork=0:report_thread_leaks=0 \
   $(if $(filter thread,$(1)),$(shell setarch -R true 2> /dev/null && echo setarch -R)) \
   $(BIN)/python -m pytest --capture=sys
 
