@@ -54,8 +54,8 @@ class Claim:
         def text(cell: Cell) -> str:
             if cell is None:
                 return ""
-            shown = f"{cell:.3g}" if isinstance(cell, float) else str(cell)
-            return shown.replace("*", r"\*").replace("|", r"\|")  # as a glob of layer names has
+            plain = f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+            return plain.replace("*", r"\*").replace("|", r"\|")  # as a glob of layer names has
 
         parts = [f"## {self.id}: {self.verdict}", self.text]
         if self.rows:
