@@ -292,13 +292,18 @@ def test_a_gap_is_not_closed_by_more_flops_nor_by_another_training() -> None:
 
 def test_layer_options_bear_on_no_claim_of_the_paper() -> None:
     plain = [run for block, loss in ((1, 2.8), (16, 3.0)) for run in jittered(loss, block_size=block)]
-    gathered = jittered(2.5, block_size=16, layer="gathered")
-    alone, beside = table(plain), table([*plain, *gathered])
-    for claim in alone:
-        if claim != "Gap":
-            assert beside[claim].rows == alone[claim].rows, claim
-    assert len(beside["Gap"].rows) == 3 and not alone["Gap"].rows
-    assert gathered[0].family == "dynsparse gathered b=16 d=0.1"
+    plain += jittered(3.1, block_size=16, method="rigl")
+    permuted = [
+        run
+        for kind, loss in (("random", 2.5), ("learned", 2.6))  # two: like a method with its options in two ways
+        for run in jittered(loss, block_size=16, layer="permuted", permutation=kind)
+    ]
+    alone, beside = table(plain), table([*plain, *permuted])
+    assert alone["C7"].rows and len(alone["C9"].rows) == 2
+    for name in alone.keys() - {"Gap"}:
+        assert beside[name].rows == alone[name].rows, name
+    assert len(beside["Gap"].rows) == len(alone["Gap"].rows) + 2
+    assert permuted[0].family == "dynsparse permuted b=16 d=0.1"
 
 
 def test_layers_of_other_densities_are_told_apart() -> None:
